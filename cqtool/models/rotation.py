@@ -1,0 +1,118 @@
+"""Rotary position embedding (RoPE), seen from the key: how it was applied and how to undo it.
+
+RoPE (Su et al., RoFormer, 2021) turns pairs of channels by an angle ``position * inv_freq``. Models
+differ in which channels pair up and in whether only a part of a head is turned; YaRN and LongRoPE
+also scale the rotated key. All of that is contained in the cosines and sines a model computes, so
+both directions below work from those alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Style = Literal["none", "half", "interleaved"]
+
+
+@dataclass(frozen=True)
+class KeyRotation:
+    """How one layer turns its keys.
+
+    Attributes:
+        style: ``half`` pairs channel p with p + dim/2 (Llama), ``interleaved`` pairs 2p with 2p + 1
+            (GPT-J, Cohere), ``none`` leaves keys as they are.
+        dim: how many channels of a head are turned (partial rotary when less than head_dim).
+        offset: the first of them.
+        source: which of the model's RoPE tables the layer uses (Gemma-3 has two), None with
+            ``none``.
+    """
+
+    style: Style
+    dim: int = 0
+    offset: int = 0
+    source: int | None = None
+
+
+NO_ROTATION = KeyRotation("none")
+
+
+def pair_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduce a model's cosines and sines to one entry per channel pair.
+
+    Args:
+        cos: ``[batch or 1, tokens, dim]`` with every entry twice (as two halves, or side by side),
+            or ``[batch or 1, tokens, dim / 2]``.
+        sin: same shape.
+
+    Returns:
+        Two tensors ``[batch or 1, tokens, dim / 2]`` in the dtype given.
+    """
+    half = cos.shape[-1] // 2
+    if torch.equal(cos[..., :half], cos[..., half:]) and torch.equal(
+        sin[..., :half], sin[..., half:]
+    ):
+        return cos[..., :half], sin[..., :half]
+    if torch.equal(cos[..., 0::2], cos[..., 1::2]) and torch.equal(sin[..., 0::2], sin[..., 1::2]):
+        return cos[..., 0::2], sin[..., 0::2]
+    return cos, sin
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, rotation: KeyRotation) -> Tensor:
+    start, stop = rotation.offset, rotation.offset + rotation.dim
+    part = x[..., start:stop]
+    if rotation.style == "half":
+        first, second = part.chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:
+        first, second = part[..., 0::2], part[..., 1::2]
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        turned = turned.flatten(-2)
+    return torch.cat((x[..., :start], turned, x[..., stop:]), dim=-1)
+
+
+def rotate(keys: Tensor, cos: Tensor, sin: Tensor, rotation: KeyRotation) -> Tensor:
+    """Turn keys as the model does.
+
+    Args:
+        keys: ``[batch, kv_heads, tokens, head_dim]``.
+        cos: ``[batch or 1, tokens, dim / 2]``, one entry a pair, scaled as the model scales them.
+        sin: same shape.
+        rotation: how the layer pairs channels.
+
+    Returns:
+        float32 keys of the same shape.
+    """
+    keys = keys.float()
+    if rotation.style == "none":
+        return keys
+    return _turn(keys, cos.float().unsqueeze(1), sin.float().unsqueeze(1), rotation)
+
+
+def unrotate(keys: Tensor, cos: Tensor, sin: Tensor, rotation: KeyRotation) -> Tensor:
+    """Undo :func:`rotate`, exactly up to rounding, whatever scale cos and sin carry.
+
+    The inverse of ``[[c, -s], [s, c]]`` is its transpose over ``c*c + s*s``. Dividing by that
+    quantity covers YaRN's attention_scaling, and also the rounding of cos and sin to bfloat16, by
+    which they no longer lie on the unit circle.
+    """
+    keys = keys.float()
+    if rotation.style == "none":
+        return keys
+    cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+    norm = cos.square() + sin.square()
+    return _turn(keys, cos / norm, -sin / norm, rotation)
+
+
+def unrotate_gradient(gradient: Tensor, cos: Tensor, sin: Tensor, rotation: KeyRotation) -> Tensor:
+    """The gradient with respect to unrotated keys from that with respect to rotated ones.
+
+    By the chain rule it is the transposed rotation, scale included, applied to `gradient`
+    (``[batch, kv_heads, tokens, head_dim]``).
+    """
+    gradient = gradient.float()
+    if rotation.style == "none":
+        return gradient
+    return _turn(gradient, cos.float().unsqueeze(1), -sin.float().unsqueeze(1), rotation)
