@@ -1,0 +1,134 @@
+"""The RoPE angles of every cached token, kept as positions where they can be computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cqtool.models.tap import RopeStep, angles
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+class RotaryHistory:
+    """What one RoPE table of a model did to the tokens of one cache.
+
+    A token keeps its position (4 bytes, shared by all layers) and, with tables that change as the
+    sequence grows (dynamic NTK, LongRoPE), the frequencies it was rotated with: transformers never
+    rotates a cached key again. Angles that do not follow from positions are kept as they are.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.length = 0
+        self._positions: Tensor | None = None
+        self._observed: tuple[Tensor, Tensor] | None = None
+        self._tables: list[tuple[int, Tensor, float]] = []
+        self._last: Tensor | None = None
+        self._dtype = torch.float32
+        self._memo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def observe(self, step: RopeStep, total: int) -> None:
+        """Take note of a forward pass that brings the cache to `total` tokens.
+
+        Every layer reports the same pass; only the first report counts.
+        """
+        if self.length >= total:
+            return
+        self._memo.clear()
+        if self._observed is None and not self._append_positions(step):
+            past = self.angles(0, self.length) if self.length else None
+            self._observed = _join(past, (step.cos, step.sin))
+            self._positions = None
+            self._memo.clear()
+        elif self._observed is not None:
+            self._observed = _join(self._observed, (step.cos, step.sin))
+        self.length = total
+
+    def angles(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[batch or 1, stop - start, dim / 2]`` of a range of cached tokens."""
+        if self._observed is not None:
+            cos, sin = self._observed
+            return cos[:, start:stop], sin[:, start:stop]
+        if (start, stop) not in self._memo:
+            assert self._positions is not None
+            inv_freq, scaling = self._frequencies(start, stop)
+            self._memo[start, stop] = angles(
+                self._positions[:, start:stop], inv_freq, scaling, self._dtype
+            )
+        return self._memo[start, stop]
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        self.length = min(self.length, length)
+        self._tables = [table for table in self._tables if table[0] < max(1, length)]
+        self._last = None
+        self._map(lambda tensor: tensor[:, :length])
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch dimension (reorder, repeat, select)."""
+        # A batch of one stands for all rows.
+        self._map(lambda tensor: tensor if tensor.shape[0] == 1 else change(tensor))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        stored = [self._positions, *(self._observed or ()), *(table[1] for table in self._tables)]
+        return sum(tensor.nbytes for tensor in stored if tensor is not None)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._memo.clear()
+        if self._positions is not None:
+            self._positions = change(self._positions)
+        if self._observed is not None:
+            self._observed = change(self._observed[0]), change(self._observed[1])
+
+    def _append_positions(self, step: RopeStep) -> bool:
+        if step.positions is None or step.inv_freq is None:
+            return False
+        # A table that has not changed is the same object; comparing values would stall a GPU.
+        if step.inv_freq is not self._last:
+            expected = step.recomputed()
+            assert expected is not None
+            limit = _TOLERANCE.get(step.cos.dtype, 1e-4) * max(1.0, step.scaling)
+            if expected[0].shape != step.cos.shape or not all(
+                torch.allclose(a.float(), b.float(), rtol=0, atol=limit)
+                for a, b in zip(expected, (step.cos, step.sin), strict=True)
+            ):
+                return False
+            known = self._tables[-1] if self._tables else None
+            if known is None or not torch.equal(known[1], step.inv_freq):
+                self._tables.append((self.length, step.inv_freq.clone(), step.scaling))
+            self._last = step.inv_freq
+        self._dtype = step.cos.dtype
+        new = step.positions.to(torch.int32)
+        self._positions = new.clone() if self._positions is None else _cat(self._positions, new)
+        return True
+
+    def _frequencies(self, start: int, stop: int) -> tuple[Tensor, float | Tensor]:
+        if len(self._tables) == 1:
+            return self._tables[0][1], self._tables[0][2]
+        starts = [table[0] for table in self._tables]
+        device = self._tables[0][1].device
+        columns = torch.arange(start, stop, device=device)
+        index = torch.bucketize(columns, torch.tensor(starts, device=device), right=True) - 1
+        inv_freq = torch.stack([table[1] for table in self._tables])[index]
+        scaling = torch.tensor([table[2] for table in self._tables], device=device)[index]
+        return inv_freq, scaling[:, None]
+
+
+def _cat(past: Tensor, new: Tensor) -> Tensor:
+    batch = max(past.shape[0], new.shape[0])
+    parts = [part.expand(batch, *part.shape[1:]) for part in (past, new)]
+    return torch.cat(parts, dim=1)
+
+
+def _join(past: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if past is None:
+        return new
+    return _cat(past[0], new[0]), _cat(past[1], new[1])

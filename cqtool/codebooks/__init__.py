@@ -1,0 +1,1 @@
+"""Codebooks: fitting them (k-means), and encoding and decoding with them."""

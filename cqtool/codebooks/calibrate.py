@@ -1,0 +1,316 @@
+"""The whole of a calibration: sample, fit, write; interrupted anywhere, it can be resumed.
+
+Work happens in ``<out>.partial`` beside the destination and replaces it in one step at the end, so
+`out` only ever holds a complete calibration. Each file of the work in progress is written in one
+step too: what exists is finished, and a resumed run does only the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cqtool import __version__
+from cqtool.cache.loading import CODEBOOKS_NAME, CONFIG_NAME, FORMAT_VERSION, codebook_name
+from cqtool.codebooks.engines import FaissEngine
+from cqtool.codebooks.fit import (
+    LayerFit,
+    check_enough_samples,
+    check_fits_geometry,
+    count_codebooks,
+    fit_layer,
+)
+from cqtool.data import load_windows, resolve_source
+from cqtool.data.windows import TokenWindows
+from cqtool.errors import ArtifactError
+from cqtool.files import atomic_dir, atomic_file, digest_json, write_json
+from cqtool.models.fingerprint import fingerprint
+from cqtool.models.geometry import ModelGeometry, read_geometry
+from cqtool.models.load import OpenedModel
+from cqtool.progress import SILENT, Progress
+from cqtool.recipe import Recipe
+from cqtool.sampling import SampleStore, collect
+from cqtool.spec import KINDS, CacheSpec, Kind
+
+CALIBRATION_NAME = "calibration.json"
+SAMPLES_NAME = "samples"
+_FITS_NAME = "fits"
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What a calibration left behind.
+
+    Attributes:
+        path: the calibration folder.
+        timings: seconds per step, of this run only.
+    """
+
+    path: Path
+    timings: dict[str, float]
+
+
+def calibrate(
+    opened: OpenedModel,
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    keep_samples: bool = True,
+    progress: Progress = SILENT,
+) -> CalibrationResult:
+    """Sample a model and fit the codebooks of `recipe` into the folder `out`.
+
+    Args:
+        opened: the model and its tokenizer.
+        recipe: what to fit, on which text.
+        out: the calibration folder; replaced only when the new one is complete.
+        resume: continue an interrupted run of the same recipe.
+        force: throw an interrupted run away and start over.
+        keep_samples: leave the sample store in the calibration folder.
+        progress: where to report.
+
+    Raises:
+        RecipeError: the format does not fit the model's heads.
+        SampleError: more centroids than samples, NaN activations, or a resumed run differs.
+        ArtifactError: an interrupted run is in the way, or another process writes to `out`.
+        DataError: the text is missing or too short.
+        EnvironmentProblem: out of disk or memory.
+    """
+    spec = recipe.spec
+    geometry = read_geometry(opened.model)
+    check_fits_geometry(spec, geometry)
+    text = recipe.calibration
+    check_enough_samples(spec, text.sequences * text.sequence_length)
+    engine = FaissEngine(
+        recipe.kmeans.iterations, recipe.kmeans.init, str(opened.model.device.type)
+    )
+    partial = partial_folder(out)
+    timings: dict[str, float] = {}
+    with _locked(out):
+        if partial.exists() and not resume:
+            if not force:
+                raise ArtifactError(
+                    f"{partial} holds a calibration that was interrupted; continue it with "
+                    "--resume, or start over with --force."
+                )
+            shutil.rmtree(partial)
+        with _timed(timings, "text"):
+            windows = _load_text(opened, recipe)
+        with _timed(timings, "sampling"):
+            store = collect(
+                opened,
+                geometry,
+                windows,
+                partial / SAMPLES_NAME,
+                gradients=recipe.objective == "fisher",
+                progress=progress,
+            )
+        with _timed(timings, "fitting"):
+            fits = fit_codebooks(
+                store, geometry, recipe, engine, partial / _FITS_NAME, progress=progress
+            )
+        with atomic_dir(out) as folder:
+            write_codebooks(folder / CODEBOOKS_NAME, fits)
+            write_json(folder / CONFIG_NAME, _config(opened, recipe, geometry, windows))
+            record = _record(opened, recipe, windows, engine.detail, timings, fits)
+            write_json(folder / CALIBRATION_NAME, record)
+            if keep_samples:
+                store.path.rename(folder / SAMPLES_NAME)
+        shutil.rmtree(partial, ignore_errors=True)
+    return CalibrationResult(out, timings)
+
+
+def partial_folder(out: Path) -> Path:
+    """Where the work for `out` goes on until it is complete."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def fit_codebooks(
+    store: SampleStore,
+    geometry: ModelGeometry,
+    recipe: Recipe,
+    engine: FaissEngine,
+    work: Path,
+    *,
+    progress: Progress = SILENT,
+) -> list[LayerFit]:
+    """Fit every layer, one after the other; layers that `work` already holds are read back.
+
+    Args:
+        store: the samples.
+        geometry: the model's cache geometry.
+        recipe: format, objective and k-means settings.
+        engine: the k-means engine.
+        work: where finished layers go, told apart by the settings that made them.
+        progress: where to report, in codebooks.
+    """
+    spec = recipe.spec
+    identity = {
+        "samples": store.meta,
+        "cache": {kind: spec.code(kind).name for kind in KINDS},
+        "objective": recipe.objective,
+        "kmeans": recipe.kmeans.model_dump(mode="json"),
+        "seed": recipe.calibration.seed,
+    }
+    work = work / digest_json(identity)[:16]
+    counts = [count_codebooks(spec, layer) for layer in geometry.layers]
+    files = [work / f"layer-{layer:03d}.safetensors" for layer in range(len(counts))]
+    found = [_read_fit(file) for file in files]
+    done = sum(count for count, fit in zip(counts, found, strict=True) if fit is not None)
+    fits = []
+    label = f"k-means ({spec.name} {recipe.objective})"
+    with progress.task(label, total=sum(counts), done=done) as task:
+        for layer, fit in enumerate(found):
+            if fit is None:
+                fit = fit_layer(
+                    store, layer, spec, recipe.objective, engine, recipe.calibration.seed, task
+                )
+                with atomic_file(files[layer]) as temporary:
+                    errors = {kind: repr(error) for kind, error in fit.errors.items()}
+                    save_file({str(k): v for k, v in fit.codebooks.items()}, temporary, errors)
+            fits.append(fit)
+    return fits
+
+
+def write_codebooks(path: Path, fits: list[LayerFit]) -> None:
+    """Write codebooks.safetensors for the fitted layers, in order."""
+    tensors: dict[str, Tensor] = {
+        codebook_name(layer, kind): fit.codebooks[kind]
+        for layer, fit in enumerate(fits)
+        for kind in KINDS
+    }
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    versions = {"cqtool": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "numpy", "safetensors", "datasets"):
+        versions[package] = version(package)
+    return versions
+
+
+def _read_fit(file: Path) -> LayerFit | None:
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            codebooks: dict[Kind, Tensor] = {kind: opened.get_tensor(kind) for kind in KINDS}
+            return LayerFit(codebooks, {kind: float(metadata[kind]) for kind in KINDS})
+    except (SafetensorError, OSError, KeyError, ValueError):
+        # Fitting a layer again takes less than finding out what happened to the file.
+        return None
+
+
+def _load_text(opened: OpenedModel, recipe: Recipe) -> TokenWindows:
+    text = recipe.calibration
+    source = resolve_source(
+        text.dataset,
+        text.split,
+        model=opened.name,
+        role="calibration",
+        config=text.config,
+        column=text.column,
+        revision=text.revision,
+    )
+    return load_windows(
+        source,
+        opened.tokenizer,
+        sequences=text.sequences,
+        length=text.sequence_length,
+        seed=text.seed,
+        order="random",
+    )
+
+
+def _config(
+    opened: OpenedModel, recipe: Recipe, geometry: ModelGeometry, windows: TokenWindows
+) -> dict[str, Any]:
+    spec: CacheSpec = recipe.spec
+    return {
+        "format_version": FORMAT_VERSION,
+        "tool": {"name": "cqtool", "version": __version__},
+        "base_model": {
+            "id": opened.base_id,
+            "revision": opened.revision,
+            "license": opened.license,
+            "fingerprint": fingerprint(opened.model),
+        },
+        "cache": spec.to_json(),
+        "geometry": geometry.to_json(),
+        "objective": recipe.objective,
+        "recipe": recipe.model_dump(mode="json"),
+        "calibration": {
+            "dataset": windows.source,
+            "digest": windows.digest,
+            "sequences": windows.ids.shape[0],
+            "sequence_length": windows.ids.shape[1],
+            "seed": recipe.calibration.seed,
+        },
+    }
+
+
+def _record(
+    opened: OpenedModel,
+    recipe: Recipe,
+    windows: TokenWindows,
+    engine: str,
+    timings: dict[str, float],
+    fits: list[LayerFit],
+) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "data": {**windows.source, "digest": windows.digest},
+        "objective": recipe.objective,
+        "engine": "faiss",
+        "engine_detail": engine,
+        "seed": recipe.calibration.seed,
+        "device": str(opened.model.device),
+        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        "timings": {step: round(seconds, 3) for step, seconds in timings.items()},
+        "versions": library_versions(),
+        "objective_values": [fit.errors for fit in fits],
+    }
+
+
+@contextmanager
+def _timed(timings: dict[str, float], step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[step] = time.perf_counter() - start
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep a second process out of the same work; the lock goes with the process."""
+    # Not beside `out`, where it would stay behind: removing a lock file is a race of its own.
+    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"cqtool-{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ArtifactError(
+            f"Another cqtool is calibrating into {out}; wait for it, or choose another --out."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

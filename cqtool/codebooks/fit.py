@@ -1,0 +1,171 @@
+"""Fits all codebooks of one layer from its samples."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cqtool.codebooks.engines import FaissEngine, Fit
+from cqtool.errors import RecipeError, SampleError
+from cqtool.models.geometry import LayerGeometry, ModelGeometry
+from cqtool.progress import Task
+from cqtool.sampling.store import SampleStore
+from cqtool.spec import KINDS, CacheSpec, Kind
+
+Objective = Literal["uniform", "fisher"]
+_FLOAT16_MAX = 6.5e4
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """The codebooks of one layer.
+
+    Attributes:
+        codebooks: kind -> ``[kv_heads, groups, centroids, channels]`` as stored (float16, or
+            bfloat16 where float16 would overflow).
+        errors: kind -> mean weighted squared error a group, averaged over the layer's codebooks.
+    """
+
+    codebooks: dict[Kind, Tensor]
+    errors: dict[Kind, float]
+
+
+def check_fits_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
+    """Refuse a format whose groups do not fill the model's heads.
+
+    Raises:
+        RecipeError: a head's channels are not a multiple of the group's.
+    """
+    for kind in KINDS:
+        channels = spec.code(kind).channels
+        for layer in geometry.layers:
+            dim = layer.dim(kind)
+            if dim % channels:
+                divisors = [str(c) for c in range(1, min(dim, 16) + 1) if dim % c == 0]
+                raise RecipeError(
+                    f"{spec.code(kind).name} couples {channels} channels, but this model's "
+                    f"{kind} heads have {dim}, which is not a multiple; couple "
+                    f"{', '.join(divisors)} channels instead."
+                )
+
+
+def count_codebooks(spec: CacheSpec, layer: LayerGeometry) -> int:
+    """How many codebooks a layer needs."""
+    return sum(layer.kv_heads * layer.dim(kind) // spec.code(kind).channels for kind in KINDS)
+
+
+def check_enough_samples(spec: CacheSpec, tokens: int) -> None:
+    """Refuse more centroids than samples, before hours of sampling.
+
+    Raises:
+        SampleError: with the number needed.
+    """
+    for kind in KINDS:
+        code = spec.code(kind)
+        if tokens < code.centroids:
+            raise SampleError(
+                f"{code.name} has {code.centroids} centroids per codebook, but only {tokens} "
+                "tokens would be sampled; use more --sequences, a longer --sequence-length, or "
+                "fewer bits."
+            )
+
+
+def codebook_seed(seed: int, layer: int, kind: Kind, head: int, group: int) -> int:
+    """A seed of its own for each codebook, independent of the order in which they are fitted."""
+    digest = hashlib.sha256(f"{seed}/{layer}/{kind}/{head}/{group}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
+
+
+def fisher_weights(gradients: Tensor, channels: int) -> Tensor:
+    """The weight of each sample of each group: its squared gradients, summed over the group.
+
+    The diagonal of the Fisher information, approximated by the squared gradient of the loss with
+    respect to the activation (CQ, section 3.3).
+
+    Args:
+        gradients: float32 ``[tokens, kv_heads, head_dim]``.
+        channels: channels of a group.
+
+    Returns:
+        float32 ``[tokens, kv_heads, groups]``.
+    """
+    return gradients.square().unflatten(-1, (-1, channels)).sum(dim=-1)
+
+
+def fit_layer(
+    store: SampleStore,
+    layer: int,
+    spec: CacheSpec,
+    objective: Objective,
+    engine: FaissEngine,
+    seed: int,
+    task: Task,
+) -> LayerFit:
+    """Fit keys and values of one layer, all heads and groups.
+
+    Args:
+        store: the samples; only this layer's are read.
+        layer: its index.
+        spec: the format.
+        objective: ``uniform`` for plain k-means, ``fisher`` for gradient-weighted k-means.
+        engine: the k-means engine.
+        seed: the recipe's seed.
+        task: where to report, in codebooks.
+    """
+    codebooks: dict[Kind, Tensor] = {}
+    errors: dict[Kind, float] = {}
+    for kind in KINDS:
+        code = spec.code(kind)
+        samples = store.load(layer, kind)
+        groups = samples.unflatten(-1, (-1, code.channels))
+        weights = None
+        if objective == "fisher":
+            weights = fisher_weights(store.load_gradients(layer, kind), code.channels)
+        codebooks[kind], errors[kind] = _fit_groups(
+            groups, weights, code.centroids, engine, seed, layer, kind, task
+        )
+    return LayerFit(codebooks, errors)
+
+
+def _fit_groups(
+    samples: Tensor,
+    weights: Tensor | None,
+    centroids: int,
+    engine: FaissEngine,
+    seed: int,
+    layer: int,
+    kind: Kind,
+    task: Task,
+) -> tuple[Tensor, float]:
+    _, heads, groups, channels = samples.shape
+
+    def fit(position: tuple[int, int]) -> Fit:
+        head, group = position
+        return engine.fit(
+            samples[:, head, group].numpy(),
+            None if weights is None else weights[:, head, group].numpy(),
+            centroids,
+            codebook_seed(seed, layer, kind, head, group),
+        )
+
+    positions = [(head, group) for head in range(heads) for group in range(groups)]
+    with ThreadPoolExecutor(engine.threads) as pool:
+        fits = []
+        for one in pool.map(fit, positions):
+            fits.append(one)
+            task.advance()
+    table = torch.from_numpy(np.stack([one.centroids for one in fits]))
+    if not torch.isfinite(table).all():
+        raise SampleError(
+            f"k-means ended in NaN for the {kind}s of layer {layer}; check the samples with "
+            "`cqtool analyze-entropy`, or use --objective uniform."
+        )
+    dtype = torch.float16 if float(table.abs().max()) < _FLOAT16_MAX else torch.bfloat16
+    table = table.reshape(heads, groups, centroids, channels).to(dtype)
+    return table, float(np.mean([one.error for one in fits]))
