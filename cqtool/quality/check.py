@@ -1,0 +1,271 @@
+"""`check`: a calibration, and whatever it is compared with, against full precision."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cqtool.cache import CacheFormat, CQCodec, LayerCodecs
+from cqtool.cache.loading import CONFIG_NAME, load_format
+from cqtool.codebooks.calibrate import fit_codebooks, library_versions
+from cqtool.codebooks.engines import FaissEngine
+from cqtool.codebooks.fit import check_enough_samples, check_fits_geometry
+from cqtool.data import load_windows, resolve_source
+from cqtool.errors import ArtifactError, RecipeError
+from cqtool.files import write_json
+from cqtool.models.fingerprint import compare_fingerprints, fingerprint
+from cqtool.models.load import OpenedModel
+from cqtool.progress import SILENT, Progress
+from cqtool.quality.measure import (
+    Mode,
+    WindowFigures,
+    add_window,
+    cache_bytes,
+    full_logits,
+    quantized_logits,
+)
+from cqtool.quality.report import Gates, QualityReport, Row, judge, summarise
+from cqtool.quality.simulate import require_simulation
+from cqtool.recipe import Recipe, recipe_from
+from cqtool.sampling import SampleStore
+from cqtool.schemes import make_format
+
+REPORT_NAME = "quality.json"
+_SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """What to measure, and on which text.
+
+    Attributes:
+        dataset: as in a recipe; ``auto`` is the demo's text or WikiText-2.
+        config: data set configuration.
+        split: data set split; None is the held-out one.
+        column: text column.
+        windows: how many windows.
+        window_length: tokens in each.
+        compare: further formats: ``int4``, ``cq-4c8b``, ``cq-8c8b:uniform``, a calibration folder.
+        mode: ``teacher`` for one pass per window, ``decode`` for one pass per token.
+        gates: limits for the calibration's row.
+        samples: sample store for coupled formats to compare; None is the calibration's own.
+        window: replaces the calibration's window.
+        sinks: replaces the calibration's sinks.
+    """
+
+    dataset: str = "auto"
+    config: str | None = None
+    split: str | None = None
+    column: str = "text"
+    windows: int = 16
+    window_length: int = 2048
+    compare: tuple[str, ...] = ()
+    mode: Mode = "teacher"
+    gates: Gates = Gates()
+    samples: Path | None = None
+    window: int | None = None
+    sinks: int | None = None
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    label: str
+    objective: str | None
+    format: CacheFormat
+
+
+def check(
+    opened: OpenedModel,
+    calibration: Path,
+    settings: CheckSettings,
+    progress: Progress = SILENT,
+) -> QualityReport:
+    """Measure `calibration` and write reports/quality.json into it.
+
+    Raises:
+        ArtifactError: the calibration is damaged or of another model.
+        RecipeError: a format to compare does not exist or does not fit.
+        SampleError: a coupled format to compare needs samples that are gone.
+        ModelError: the model cannot be measured in this mode.
+        DataError: the text is missing or too short.
+    """
+    model = opened.model
+    candidates = _candidates(opened, calibration, settings, progress)
+    source = resolve_source(
+        settings.dataset,
+        settings.split,
+        model=opened.name,
+        role="evaluation",
+        config=settings.config,
+        column=settings.column,
+    )
+    windows = load_windows(
+        source,
+        opened.tokenizer,
+        sequences=settings.windows,
+        length=settings.window_length,
+        order="sequential",
+    )
+    if settings.mode == "teacher":
+        require_simulation(model, candidates[0].format, windows.ids[0])
+    full = WindowFigures()
+    figures = [WindowFigures() for _ in candidates]
+    passes = settings.windows * (1 + len(candidates))
+    with progress.task("evaluation passes", total=passes) as task:
+        for ids in windows.ids:
+            reference = full_logits(model, ids)
+            add_window(full, reference, reference, ids)
+            task.advance()
+            for candidate, found in zip(candidates, figures, strict=True):
+                logits = quantized_logits(model, candidate.format, ids, settings.mode)
+                add_window(found, reference, logits, ids)
+                task.advance()
+    rows = [_full_row(opened, candidates[0].format, full, windows.ids[0])]
+    for candidate, found in zip(candidates, figures, strict=True):
+        rows.append(_row(opened, candidate, full, found, windows.ids[0]))
+    report = QualityReport(
+        model=opened.base_id,
+        evaluation={
+            **windows.source,
+            "digest": windows.digest,
+            "windows": settings.windows,
+            "window_length": settings.window_length,
+        },
+        mode=settings.mode,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        versions=library_versions(),
+        rows=tuple(rows),
+        gates=judge(rows[1], settings.gates),
+    )
+    write_json(calibration / "reports" / REPORT_NAME, report.to_json())
+    return report
+
+
+def _candidates(
+    opened: OpenedModel, calibration: Path, settings: CheckSettings, progress: Progress
+) -> list[_Candidate]:
+    checked = load_format(calibration, opened.model)
+    window = checked.window if settings.window is None else settings.window
+    sinks = checked.sinks if settings.sinks is None else settings.sinks
+    recipe = _recipe(calibration)
+    found = [_Candidate(f"{checked.name} {recipe.objective}", recipe.objective, checked)]
+    for name in settings.compare:
+        if name.startswith("cq-") and not Path(name).is_dir():
+            found.append(_fitted(opened, calibration, settings, recipe, checked, name, progress))
+        elif Path(name).is_dir():
+            other = load_format(name, opened.model)
+            objective = _recipe(Path(name)).objective
+            label = f"{other.name} {objective} ({Path(name).name})"
+            found.append(_Candidate(label, objective, other))
+        else:
+            format = make_format(name, checked.geometry, window, sinks)
+            found.append(_Candidate(name, None, format))
+    device = opened.model.device
+    return [
+        replace(one, format=replace(one.format, window=window, sinks=sinks).to(device))
+        for one in found
+    ]
+
+
+def _fitted(
+    opened: OpenedModel,
+    calibration: Path,
+    settings: CheckSettings,
+    recipe: Recipe,
+    checked: CacheFormat,
+    name: str,
+    progress: Progress,
+) -> _Candidate:
+    """Fit a coupled format to the calibration's samples; the fits stay beside them for next time."""
+    code, _, objective = name.partition(":")
+    objective = objective or recipe.objective
+    if objective not in ("uniform", "fisher"):
+        raise RecipeError(f"'{name}': after the colon comes an objective, uniform or fisher.")
+    changed = {**recipe.model_dump(mode="json"), "format": code, "objective": objective}
+    other = recipe_from(changed, {}, origin=f"--compare {name}")
+    store = SampleStore.open(settings.samples or calibration)
+    if compare_fingerprints(store.meta["fingerprint"], fingerprint(opened.model)) is not None:
+        raise ArtifactError(
+            f"The samples in {store.path} are of {store.meta['model']}, not of this model; give "
+            "others with --samples."
+        )
+    check_fits_geometry(other.spec, checked.geometry)
+    check_enough_samples(other.spec, store.tokens)
+    engine = FaissEngine(
+        recipe.kmeans.iterations, recipe.kmeans.init, str(opened.model.device.type)
+    )
+    fits = fit_codebooks(
+        store, checked.geometry, other, engine, store.path / "fits", progress=progress
+    )
+    layers = tuple(
+        LayerCodecs(CQCodec(fit.codebooks["key"]), CQCodec(fit.codebooks["value"])) for fit in fits
+    )
+    format = CacheFormat(other.spec.name, checked.geometry, layers, 0, 0)
+    return _Candidate(f"{other.spec.name} {objective}", objective, format)
+
+
+def _recipe(folder: Path) -> Recipe:
+    try:
+        value: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        return recipe_from(value["recipe"], {}, origin=str(folder / CONFIG_NAME))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder / CONFIG_NAME} is damaged; calibrate again.") from error
+
+
+def _full_row(
+    opened: OpenedModel, format: CacheFormat, full: WindowFigures, ids: Tensor
+) -> Row:
+    dtype = str(opened.model.dtype).removeprefix("torch.")
+    name = _SHORT_DTYPES.get(dtype, dtype)
+    bits = 8.0 * opened.model.dtype.itemsize
+    _, nbytes = cache_bytes(opened.model, format, ids)
+    per_token = nbytes / ids.shape[0]
+    return Row(
+        name=name,
+        label=f"{name} (full)",
+        objective=None,
+        key_bits=bits,
+        value_bits=bits,
+        bits_per_channel=bits,
+        window=0,
+        sinks=0,
+        effective_bits=bits,
+        cache_bytes_per_token=per_token,
+        cache_bytes_per_token_full=per_token,
+        **summarise(full, full),  # type: ignore[arg-type]
+    )
+
+
+def _row(
+    opened: OpenedModel,
+    candidate: _Candidate,
+    full: WindowFigures,
+    figures: WindowFigures,
+    ids: Tensor,
+) -> Row:
+    format = candidate.format
+    key_bits, value_bits = format.bits_per_channel
+    stored, whole = cache_bytes(opened.model, format, ids)
+    geometry = format.geometry
+    keys = sum(layer.kv_heads * layer.key_dim for layer in geometry.layers)
+    share = keys / geometry.channels_per_token
+    bits = 8.0 * opened.model.dtype.itemsize
+    return Row(
+        name=format.name,
+        label=candidate.label,
+        objective=candidate.objective,
+        key_bits=key_bits,
+        value_bits=value_bits,
+        bits_per_channel=share * key_bits + (1 - share) * value_bits,
+        window=format.window,
+        sinks=format.sinks,
+        effective_bits=bits * stored / whole,
+        cache_bytes_per_token=stored / ids.shape[0],
+        cache_bytes_per_token_full=whole / ids.shape[0],
+        **summarise(full, figures),  # type: ignore[arg-type]
+    )

@@ -1,0 +1,89 @@
+"""One format on all windows: per-window figures, from full-precision and quantized logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cqtool.cache import CacheFormat, CQCache
+from cqtool.quality.simulate import teacher_forced_logits
+
+Mode = Literal["teacher", "decode"]
+# log-softmax of this many positions is held at once, in float32.
+_CHUNK = 256
+
+
+@dataclass
+class WindowFigures:
+    """Means over the tokens of each window, one entry a window.
+
+    Attributes:
+        nll: negative log-likelihood of the next token, in nats.
+        kl: KL(full precision || this) of the next-token distribution, in nats.
+        top1: share of positions with the same most likely token as full precision.
+    """
+
+    nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+
+
+def full_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits ``[tokens, vocabulary]`` of the unquantized model for ``ids [tokens]``."""
+    with torch.no_grad():
+        logits = model(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False).logits[0]
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def quantized_logits(
+    model: PreTrainedModel, format: CacheFormat, ids: Tensor, mode: Mode
+) -> Tensor:
+    """Logits ``[tokens, vocabulary]`` over a cache of `format`, in one pass or token by token."""
+    if mode == "teacher":
+        return teacher_forced_logits(model, format, ids)
+    cache = CQCache(format, model)
+    steps = []
+    with torch.no_grad():
+        for position in range(ids.shape[0]):
+            token = ids[None, position : position + 1].to(model.device)
+            steps.append(model(input_ids=token, past_key_values=cache, use_cache=True).logits[0])
+    return torch.cat(steps)
+
+
+def add_window(figures: WindowFigures, full: Tensor, logits: Tensor, ids: Tensor) -> None:
+    """Add one window's figures.
+
+    Args:
+        figures: to add to.
+        full: ``[tokens, vocabulary]`` of full precision.
+        logits: the same over the quantized cache; may be `full` itself.
+        ids: int64 ``[tokens]``.
+    """
+    tokens = ids.shape[0]
+    nll = kl = same = 0.0
+    targets = ids.to(logits.device)
+    for start in range(0, tokens, _CHUNK):
+        stop = min(start + _CHUNK, tokens)
+        reference = full[start:stop].float().log_softmax(dim=-1)
+        found = logits[start:stop].float().log_softmax(dim=-1)
+        following = targets[start + 1 : stop + 1]
+        rows = torch.arange(following.shape[0], device=found.device)
+        nll -= float(found[rows, following].double().sum())
+        kl += float((reference.exp() * (reference - found)).sum(dim=-1).double().sum())
+        same += float((reference.argmax(dim=-1) == found.argmax(dim=-1)).sum())
+    figures.nll.append(nll / (tokens - 1))
+    figures.kl.append(max(0.0, kl / tokens))
+    figures.top1.append(same / tokens)
+
+
+def cache_bytes(model: PreTrainedModel, format: CacheFormat, ids: Tensor) -> tuple[int, int]:
+    """Bytes that a real cache of `format` stores for ``ids [tokens]``, and in full precision."""
+    cache = CQCache(format, model)
+    with torch.no_grad():
+        model(input_ids=ids.unsqueeze(0).to(model.device), past_key_values=cache, use_cache=True)
+    return cache.nbytes, cache.nbytes_full

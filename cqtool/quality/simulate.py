@@ -1,0 +1,153 @@
+"""Decoding over a quantized cache, computed for all positions of a text in one pass.
+
+At position t a decoder attends to the newest `window` tokens and the sinks as they are and to all
+others as codes, so a key is seen in both forms, by different queries. Every layer is therefore
+given its keys and values twice, decoded ones first, and a mask by which each query attends to
+exactly one copy of each token it may see. The softmax over both halves is the softmax of the
+decode step. tests/quality checks it against decoding token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cqtool.cache.codec import TokenCodec
+from cqtool.cache.format import CacheFormat
+from cqtool.errors import ModelError
+from cqtool.models.rotation import NO_ROTATION, KeyRotation, rotate, unrotate
+from cqtool.models.tap import AttentionTap, ObservingCache
+
+_GUARD_TOKENS = 64
+_GUARD_KL = 1e-3
+
+
+class _Both:
+    """Codec that changes nothing, to see whether a model takes doubled keys as it should."""
+
+    before_rope = False
+    bits_per_channel = 32.0
+
+    def encode(self, vectors: Tensor) -> dict[str, Tensor]:
+        return {"vectors": vectors}
+
+    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+        return stored["vectors"].float()
+
+    def to(self, device: torch.device) -> _Both:
+        return self
+
+
+def teacher_forced_logits(model: PreTrainedModel, format: CacheFormat, ids: Tensor) -> Tensor:
+    """Logits at every position of `ids`, each as decoding up to there would give them.
+
+    Args:
+        model: the model.
+        format: on the model's device.
+        ids: int64 ``[tokens]``.
+
+    Returns:
+        ``[tokens, vocabulary]`` in the model's dtype.
+    """
+    tap = AttentionTap.of(model)
+
+    def on_update(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        codecs = format.layers[layer]
+        rotation = format.geometry.layers[layer].rotation
+        decoded_keys = _round_trip(codecs.key, keys, format.sinks, tap, layer, rotation)
+        decoded_values = _round_trip(codecs.value, values, format.sinks, tap, layer, NO_ROTATION)
+        if format.window == 0:
+            return decoded_keys, decoded_values
+        return torch.cat((decoded_keys, keys), dim=2), torch.cat((decoded_values, values), dim=2)
+
+    with torch.no_grad(), _doubled_masks(tap, format.window, ids.shape[0], model.device):
+        output = model(
+            input_ids=ids.unsqueeze(0).to(model.device),
+            past_key_values=ObservingCache(on_update),
+            use_cache=True,
+        )
+    logits = output.logits[0]
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def require_simulation(model: PreTrainedModel, format: CacheFormat, ids: Tensor) -> None:
+    """Make sure that the model's attention honours the doubled keys' mask.
+
+    Models that compute position biases from the number of keys (ALiBi) do not.
+
+    Raises:
+        ModelError: with the mode that works for them.
+    """
+    if format.window == 0:
+        return
+    codec = _Both()
+    layers = tuple(type(format.layers[0])(codec, codec) for _ in format.layers)
+    window = min(format.window, _GUARD_TOKENS // 4)
+    identity = CacheFormat("identity", format.geometry, layers, window, 0)
+    ids = ids[:_GUARD_TOKENS]
+    with torch.no_grad():
+        expected = model(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False).logits[0]
+    try:
+        found = teacher_forced_logits(model, identity, ids)
+        logs = [part.float().log_softmax(dim=-1) for part in (expected, found)]
+        divergence = float((logs[0].exp() * (logs[0] - logs[1])).sum(dim=-1).mean())
+    except (RuntimeError, IndexError, ValueError):
+        divergence = float("inf")
+    if not divergence < _GUARD_KL:
+        raise ModelError(
+            f"The attention of {type(model).__name__} cannot be given a window in one pass (it "
+            "places tokens by counting keys); use --mode decode, or --window 0."
+        )
+
+
+def _round_trip(
+    codec: TokenCodec,
+    states: Tensor,
+    sinks: int,
+    tap: AttentionTap,
+    layer: int,
+    rotation: KeyRotation,
+) -> Tensor:
+    if not codec.before_rope or rotation.style == "none":
+        decoded = codec.decode(codec.encode(states))
+    else:
+        step = tap.steps[layer]
+        assert step is not None
+        plain = unrotate(states, step.cos, step.sin, rotation)
+        decoded = rotate(codec.decode(codec.encode(plain)), step.cos, step.sin, rotation)
+    return torch.cat((states[:, :, :sinks], decoded[:, :, sinks:].to(states.dtype)), dim=2)
+
+
+@contextmanager
+def _doubled_masks(
+    tap: AttentionTap, window: int, tokens: int, device: torch.device
+) -> Iterator[None]:
+    if window == 0:
+        yield
+        return
+
+    def edit(layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        mask = kwargs.get("attention_mask")
+        age = torch.arange(tokens, device=device)
+        age = age[:, None] - age[None, :]
+        recent = age < window
+        if mask is None:
+            mask = (age >= 0)[None, None]
+        if mask.dtype == torch.bool:
+            halves = (mask & ~recent, mask & recent)
+        else:
+            lowest = torch.finfo(mask.dtype).min
+            halves = (mask.masked_fill(recent, lowest), mask.masked_fill(~recent, lowest))
+        return {**kwargs, "attention_mask": torch.cat(halves, dim=-1)}
+
+    tap.mask_editor = edit
+    try:
+        yield
+    finally:
+        tap.mask_editor = None

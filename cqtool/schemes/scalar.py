@@ -1,0 +1,141 @@
+"""Scalar formats: every channel on its own, in groups that share a scale."""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from cqtool.cache.codec import Stored
+from cqtool.codebooks.codes import pack, unpack
+
+GROUP = 32
+"""Channels of a token that share a scale, as in KIVI's values and most INT caches."""
+
+# The 16 levels of 4-bit NormalFloat (Dettmers et al., QLoRA, arXiv 2305.14314, appendix E).
+_NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def group_size(dim: int) -> int:
+    """Channels per group of a head of `dim` channels: 32, or the largest divisor below."""
+    return math.gcd(dim, GROUP)
+
+
+class HalfCodec:
+    """16-bit floating point: what a cache costs today.
+
+    Args:
+        dtype: torch.float16 or torch.bfloat16.
+    """
+
+    before_rope = False
+    bits_per_channel = 16.0
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def encode(self, vectors: Tensor) -> Stored:
+        """See :meth:`cqtool.cache.codec.TokenCodec.encode`."""
+        return {"values": vectors.to(self.dtype)}
+
+    def decode(self, stored: Stored) -> Tensor:
+        """See :meth:`cqtool.cache.codec.TokenCodec.decode`."""
+        return stored["values"].float()
+
+    def to(self, device: torch.device) -> Self:
+        """See :meth:`cqtool.cache.codec.TokenCodec.to`."""
+        return self
+
+
+class IntCodec:
+    """Asymmetric round-to-nearest integers per token, float16 minimum and step a group.
+
+    Args:
+        bits: of a code.
+        dim: channels of a head.
+    """
+
+    before_rope = False
+
+    def __init__(self, bits: int, dim: int) -> None:
+        self.bits = bits
+        self.dim = dim
+        self.group = group_size(dim)
+        self.bits_per_channel = bits + 32 / self.group
+
+    def encode(self, vectors: Tensor) -> Stored:
+        """See :meth:`cqtool.cache.codec.TokenCodec.encode`."""
+        groups = vectors.float().unflatten(-1, (-1, self.group))
+        low = groups.amin(dim=-1).half()
+        levels = (1 << self.bits) - 1
+        step = ((groups.amax(dim=-1) - low.float()) / levels).half()
+        # A step that float16 rounds to zero means a constant group: any code will do.
+        safe = torch.where(step == 0, 1.0, step.float())
+        codes = ((groups - low.float().unsqueeze(-1)) / safe.unsqueeze(-1)).round()
+        codes = codes.clamp(0, levels).long().flatten(-2)
+        return {"codes": pack(codes, self.bits), "low": low, "step": step}
+
+    def decode(self, stored: Stored) -> Tensor:
+        """See :meth:`cqtool.cache.codec.TokenCodec.decode`."""
+        codes = unpack(stored["codes"], self.bits, self.dim).unflatten(-1, (-1, self.group))
+        step, low = stored["step"].float().unsqueeze(-1), stored["low"].float().unsqueeze(-1)
+        return (codes * step + low).flatten(-2)
+
+    def to(self, device: torch.device) -> Self:
+        """See :meth:`cqtool.cache.codec.TokenCodec.to`."""
+        return self
+
+
+class NF4Codec:
+    """4-bit NormalFloat per token, float16 absolute maximum a group.
+
+    Args:
+        dim: channels of a head.
+        levels: the 16 levels, on the device to work on.
+    """
+
+    before_rope = False
+
+    def __init__(self, dim: int, levels: Tensor | None = None) -> None:
+        self.dim = dim
+        self.group = group_size(dim)
+        self.levels = torch.tensor(_NF4) if levels is None else levels
+        self.bits_per_channel = 4 + 16 / self.group
+
+    def encode(self, vectors: Tensor) -> Stored:
+        """See :meth:`cqtool.cache.codec.TokenCodec.encode`."""
+        groups = vectors.float().unflatten(-1, (-1, self.group))
+        scale = groups.abs().amax(dim=-1).half()
+        safe = torch.where(scale == 0, 1.0, scale.float())
+        # The nearest level is the number of midpoints below a value.
+        midpoints = (self.levels[1:] + self.levels[:-1]) / 2
+        codes = torch.bucketize((groups / safe.unsqueeze(-1)).contiguous(), midpoints)
+        return {"codes": pack(codes.flatten(-2), 4), "scale": scale}
+
+    def decode(self, stored: Stored) -> Tensor:
+        """See :meth:`cqtool.cache.codec.TokenCodec.decode`."""
+        codes = unpack(stored["codes"], 4, self.dim).unflatten(-1, (-1, self.group))
+        return (self.levels[codes] * stored["scale"].float().unsqueeze(-1)).flatten(-2)
+
+    def to(self, device: torch.device) -> Self:
+        """See :meth:`cqtool.cache.codec.TokenCodec.to`."""
+        return type(self)(self.dim, self.levels.to(device))
