@@ -39,17 +39,20 @@ class KeyRotation:
 NO_ROTATION = KeyRotation("none")
 
 
-def pair_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def pair_angles(cos: Tensor, sin: Tensor, pairs: int | None = None) -> tuple[Tensor, Tensor]:
     """Reduce a model's cosines and sines to one entry per channel pair.
 
     Args:
         cos: ``[batch or 1, tokens, dim]`` with every entry twice (as two halves, or side by side),
             or ``[batch or 1, tokens, dim / 2]``.
         sin: same shape.
+        pairs: dim / 2 where it is known. It cannot be seen at position 0, where all are equal.
 
     Returns:
         Two tensors ``[batch or 1, tokens, dim / 2]`` in the dtype given.
     """
+    if cos.shape[-1] == pairs:
+        return cos, sin
     half = cos.shape[-1] // 2
     if torch.equal(cos[..., :half], cos[..., half:]) and torch.equal(
         sin[..., :half], sin[..., half:]

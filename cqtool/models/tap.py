@@ -105,9 +105,7 @@ class AttentionTap:
         if self._running:
             self.attention[layer] = self._running[-1]
 
-    def _on_forward(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         self.padding_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -128,7 +126,8 @@ class AttentionTap:
         inv_freq = getattr(module, f"{prefix}inv_freq", None)
         positions = bound.get("position_ids")
         known = isinstance(positions, Tensor) and positions.dim() == 2
-        pair_cos, pair_sin = pair_angles(cos, sin)
+        pairs = inv_freq.shape[-1] if isinstance(inv_freq, Tensor) else None
+        pair_cos, pair_sin = pair_angles(cos, sin, pairs)
         step = RopeStep(
             cos=pair_cos,
             sin=pair_sin,

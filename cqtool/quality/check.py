@@ -217,9 +217,7 @@ def _recipe(folder: Path) -> Recipe:
         raise ArtifactError(f"{folder / CONFIG_NAME} is damaged; calibrate again.") from error
 
 
-def _full_row(
-    opened: OpenedModel, format: CacheFormat, full: WindowFigures, ids: Tensor
-) -> Row:
+def _full_row(opened: OpenedModel, format: CacheFormat, full: WindowFigures, ids: Tensor) -> Row:
     dtype = str(opened.model.dtype).removeprefix("torch.")
     name = _SHORT_DTYPES.get(dtype, dtype)
     bits = 8.0 * opened.model.dtype.itemsize

@@ -138,9 +138,7 @@ class _Pass:
         arrived = self.arrived.setdefault(layer, {})
         arrived[kind] = _to_rows(gradient)
         if len(arrived) == 2:
-            self.store.write(
-                layer, self.sequence, self.pending.pop(layer), self.arrived.pop(layer)
-            )
+            self.store.write(layer, self.sequence, self.pending.pop(layer), self.arrived.pop(layer))
 
 
 def _undo(undo: Any, tensor: Tensor, step: RopeStep | None, rotation: KeyRotation) -> Tensor:

@@ -1,0 +1,75 @@
+"""The card's commands: what measures an artifact again, and what makes its codebooks again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from cqtool.artifact.card_content import CardContent
+from cqtool.artifact.markdown import one_line
+from cqtool.artifact.measured import QualityReport, QualityRow
+from cqtool.artifact.names import is_hub_id, public_name
+
+
+def check_command(content: CardContent, quality: QualityReport, own: QualityRow) -> str:
+    """The `cqtool check` that measured `quality`, with every choice spelled out."""
+    rivals = [row for row in quality.rows[1:] if row is not own]
+    names = [f"{row.name}:{row.objective}" if row.objective else row.name for row in rivals]
+    fitted = any(row.objective for row in rivals)
+    return _command(
+        f"cqtool check {content.model_argument} artifact",
+        *_text_options(quality.evaluation),
+        ("--windows", quality.windows),
+        ("--window-length", quality.window_length),
+        ("--window", own.window),
+        ("--sinks", own.sinks),
+        ("--mode", quality.mode),
+        ("--dtype", quality.dtype),
+        ("--compare", ",".join(dict.fromkeys(names)) or None),
+        # Other coupled formats are fitted to the samples that a calibration keeps.
+        ("--samples", "calibration" if fitted else None),
+    )
+
+
+def calibrate_command(content: CardContent) -> str:
+    """The `cqtool calibrate` that fits the same codebooks, with every choice spelled out."""
+    config, data = content.config, content.config.calibration
+    kmeans = config.recipe.get("kmeans")
+    iterations = kmeans.get("iterations") if isinstance(kmeans, dict) else None
+    return _command(
+        f"cqtool calibrate {content.model_argument} --out calibration",
+        ("--recipe", config.recipe.get("name")),
+        *_text_options(data.dataset),
+        ("--sequences", data.sequences),
+        ("--sequence-length", data.sequence_length),
+        ("--seed", data.seed),
+        ("--objective", config.objective),
+        ("--iterations", iterations),
+        ("--window", config.cache.window),
+        ("--sinks", config.cache.sinks),
+    )
+
+
+def _command(start: str, *options: tuple[str, object]) -> str:
+    """A command for a shell, one option a line; options that are None are left out."""
+    words = [
+        f"{name} {shlex.quote(one_line(value))}" for name, value in options if value is not None
+    ]
+    return " \\\n    ".join([start, *words])
+
+
+def _text_options(source: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """The options that choose a text source."""
+    return [
+        ("--dataset", _dataset_argument(source.get("dataset"))),
+        ("--dataset-config", source.get("config")),
+        ("--split", source.get("split")),
+        ("--text-column", source.get("column")),
+    ]
+
+
+def _dataset_argument(name: object) -> str | None:
+    if not isinstance(name, str):
+        return None
+    return name if is_hub_id(name) or name == "demo" else f"PATH/TO/{public_name(name)}"

@@ -1,0 +1,111 @@
+"""codebooks.safetensors against its configuration: header first, then every number.
+
+The header decides how much a safetensors reader allocates, so it is parsed here under a bound that
+follows from the configuration, and must describe exactly the expected tensors, side by side.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cqtool.artifact.layout import CODEBOOKS_NAME, REMEDY, CQConfig
+from cqtool.errors import ArtifactError
+from cqtool.strictjson import parse_object
+
+DTYPE = "F16"
+_ITEM_BYTES = 2
+_EXPONENT = 0x7C00
+"""float16 numbers with all exponent bits set are infinite or NaN."""
+
+
+def check_codebooks(folder: Path, config: CQConfig) -> int:
+    """Check names, shapes, dtypes, extents and finiteness of every codebook.
+
+    Returns:
+        Size of the file in bytes.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or does not fit `config`.
+    """
+    path = folder / CODEBOOKS_NAME
+    try:
+        if not path.is_file():
+            raise ArtifactError(f"{folder} has no {CODEBOOKS_NAME}. {REMEDY}")
+        size = path.stat().st_size
+        start, header = _read_header(path, size, config)
+        extents = _check_header(path, header, config, size - start)
+        _check_finite(path, start, extents)
+    except OSError as error:
+        raise ArtifactError(
+            f"Cannot read {path} ({error.strerror}); make it readable and try again."
+        ) from error
+    return size
+
+
+def _read_header(path: Path, size: int, config: CQConfig) -> tuple[int, dict[str, Any]]:
+    limit = 4096 + 512 * len(config.codebook_shapes)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(limit, size - 8):
+            raise ArtifactError(
+                f"{path} is not a codebook file: its header would have {length} bytes. {REMEDY}"
+            )
+        return 8 + length, parse_object(file.read(length), f"The header of {path}", REMEDY)
+
+
+def _check_header(
+    path: Path, header: dict[str, Any], config: CQConfig, data_bytes: int
+) -> dict[str, tuple[int, int]]:
+    """Byte ranges of the tensors, relative to the end of the header."""
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(type(text) is not str for text in metadata.values()):
+        raise ArtifactError(f"{path} has metadata that are not texts. {REMEDY}")
+    expected = config.codebook_shapes
+    if header.keys() != expected.keys():
+        odd = min(header.keys() ^ expected.keys())
+        raise ArtifactError(
+            f"{path} does not hold the codebooks its configuration lists (see {odd!r:.80}). "
+            f"{REMEDY}"
+        )
+    extents = {}
+    for name, shape in expected.items():
+        entry = header[name]
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ArtifactError(f"{path}: {name} is not described as a tensor. {REMEDY}")
+        dtype, stored, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype != DTYPE or not _are_integers(stored, 4) or tuple(stored) != shape:
+            raise ArtifactError(
+                f"{path}: {name} is {dtype!s:.20} {stored!s:.60} and should be {DTYPE} "
+                f"{list(shape)}. {REMEDY}"
+            )
+        if not _are_integers(offsets, 2):
+            raise ArtifactError(f"{path}: {name} has no proper place in the file. {REMEDY}")
+        extents[name] = (offsets[0], offsets[1])
+    end = 0
+    for name, (first, last) in sorted(extents.items(), key=lambda item: item[1]):
+        if first != end or last - first != math.prod(expected[name]) * _ITEM_BYTES:
+            raise ArtifactError(f"{path}: {name} has no proper place in the file. {REMEDY}")
+        end = last
+    if end != data_bytes:
+        raise ArtifactError(
+            f"{path} has {data_bytes} bytes of codebooks instead of {end}: it is damaged. {REMEDY}"
+        )
+    return extents
+
+
+def _are_integers(value: Any, count: int) -> bool:
+    return isinstance(value, list) and [type(item) for item in value] == [int] * count
+
+
+def _check_finite(path: Path, start: int, extents: dict[str, tuple[int, int]]) -> None:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for name, (first, last) in extents.items():
+            raw = data[start + first : start + last]
+            bits = np.frombuffer(raw, dtype="<u2")
+            if bool(((bits & _EXPONENT) == _EXPONENT).any()):
+                raise ArtifactError(f"{path}: {name} holds NaN or infinite centroids. {REMEDY}")

@@ -1,0 +1,135 @@
+"""What a folder is and holds, as one JSON-ready dictionary, for `cqtool inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from cqtool.artifact.codebook_file import check_codebooks
+from cqtool.artifact.layout import CONFIG_NAME, CQConfig, LayerShape, read_config
+from cqtool.artifact.measured import QualityReport, read_quality
+from cqtool.errors import ArtifactError
+from cqtool.manifest import MANIFEST_NAME, artifact_files, verify_folder
+
+STORE_META = "meta.json"
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Describe a calibration folder, an artifact or a sample store.
+
+    A damaged file behind a readable configuration is described too: ``problem`` then holds the
+    sentence that loading would end with.
+
+    Raises:
+        ArtifactError: `folder` is none of the three, or its configuration is damaged.
+        SampleError: `folder` is an incomplete or damaged sample store.
+    """
+    if (folder / CONFIG_NAME).is_file():
+        return _describe_codebooks(folder)
+    if (folder / STORE_META).is_file():
+        return _describe_store(folder)
+    raise ArtifactError(
+        f"{folder} is no calibration folder, artifact or sample store; give a folder that "
+        "`cqtool calibrate` or `cqtool export` wrote."
+    )
+
+
+def _describe_codebooks(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    is_artifact = (folder / MANIFEST_NAME).exists()
+    problem = None
+    quality = None
+    try:
+        if is_artifact:
+            verify_folder(folder)
+        check_codebooks(folder, config)
+        quality = read_quality(folder)
+    except ArtifactError as error:
+        problem = str(error)
+    return {
+        "kind": "artifact" if is_artifact else "calibration",
+        "path": str(folder),
+        "format": config.cache.name,
+        "bits_per_channel": config.cache.bits_per_channel,
+        "cache": config.cache.to_json(),
+        "objective": config.objective,
+        "recipe": config.recipe.get("name"),
+        "base_model": {
+            "id": config.base_model.id,
+            "revision": config.base_model.revision,
+            "license": config.base_model.license,
+        },
+        "geometry": _geometry(config),
+        "calibration": {
+            "dataset": dict(config.calibration.dataset),
+            "sequences": config.calibration.sequences,
+            "sequence_length": config.calibration.sequence_length,
+            "seed": config.calibration.seed,
+        },
+        "bytes": _sizes(folder),
+        "code_bytes_per_token": config.code_bytes_per_token,
+        "verified": is_artifact and problem is None,
+        "problem": problem,
+        "quality": None if quality is None else _quality(quality, config),
+    }
+
+
+def _geometry(config: CQConfig) -> dict[str, Any]:
+    kinds: Counter[LayerShape] = Counter(config.layers)
+    return {
+        "query_heads": config.query_heads,
+        "channels_per_token": config.channels_per_token,
+        "layers": len(config.layers),
+        "shapes": [
+            {
+                "layers": count,
+                "kv_heads": shape.kv_heads,
+                "key_dim": shape.key_dim,
+                "value_dim": shape.value_dim,
+                "sliding_window": shape.sliding_window,
+            }
+            for shape, count in kinds.items()
+        ],
+    }
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes by top-level entry, without what does not belong to the format."""
+    sizes: Counter[str] = Counter()
+    try:
+        for name, path in artifact_files(folder).items():
+            sizes[name.split("/")[0]] += path.stat().st_size
+    except ArtifactError:
+        # A link out of the folder: the verification has said so already.
+        return {}
+    return dict(sorted(sizes.items()))
+
+
+def _quality(quality: QualityReport, config: CQConfig) -> dict[str, Any] | None:
+    own = quality.row_of(config.cache.name, config.objective)
+    if own is None:
+        return None
+    figures = ("perplexity", "perplexity_increase", "kl", "top1")
+    return {
+        **{f"{name}{end}": getattr(own, f"{name}{end}") for name in figures for end in ("", "_se")},
+        "effective_bits": own.effective_bits,
+        "windows": quality.windows,
+        "window_length": quality.window_length,
+        "gates_passed": all(gate.passed for gate in quality.gates) if quality.gates else None,
+    }
+
+
+def _describe_store(folder: Path) -> dict[str, Any]:
+    from cqtool.sampling import SampleStore
+
+    store = SampleStore.open(folder)
+    return {
+        "kind": "samples",
+        "path": str(folder),
+        "layers": store.layers,
+        "tokens": store.tokens,
+        "gradients": store.has_gradients,
+        "bytes": _sizes(folder),
+        "meta": {name: value for name, value in store.meta.items() if name != "fingerprint"},
+    }

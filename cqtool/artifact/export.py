@@ -1,0 +1,131 @@
+"""A calibration folder made into an artifact, complete or not at all.
+
+The same calibration gives the same bytes: nothing of when or where the export ran goes in.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cqtool.artifact.card import render_card
+from cqtool.artifact.card_content import CardContent
+from cqtool.artifact.codebook_file import check_codebooks
+from cqtool.artifact.layout import (
+    CALIBRATION_NAME,
+    CODEBOOKS_NAME,
+    CONFIG_NAME,
+    MAX_JSON_BYTES,
+    REMEDY,
+    REPORTS_NAME,
+    CQConfig,
+    read_config,
+)
+from cqtool.artifact.measured import read_quality
+from cqtool.artifact.names import check_repo_id
+from cqtool.errors import ArtifactError
+from cqtool.files import atomic_dir
+from cqtool.manifest import (
+    MANIFEST_NAME,
+    artifact_files,
+    is_hub_metadata,
+    read_manifest,
+    verify_folder,
+    write_manifest,
+)
+from cqtool.strictjson import read_object
+
+CARD_NAME = "README.md"
+_REPORT_SUFFIXES = frozenset({".json", ".html", ".png"})
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written: `files` files of together `size` bytes, in `folder`."""
+
+    folder: Path
+    config: CQConfig
+    files: int
+    size: int
+    quality_measured: bool
+
+
+def export(calibration: Path, out: Path, *, repo_id: str | None = None) -> ExportResult:
+    """Write the artifact of `calibration` to `out`, replacing an artifact that stands there.
+
+    Args:
+        calibration: what ``cqtool calibrate`` wrote (an artifact does as well).
+        out: folder to write; it appears complete and verified, or stays as it was.
+        repo_id: Hub id to name in the model card's usage.
+
+    Raises:
+        ArtifactError: `calibration` is incomplete or damaged, or `out` holds other files.
+        EnvironmentProblem: `out` cannot be written.
+        RecipeError: `repo_id` cannot be a repository.
+    """
+    if repo_id is not None:
+        check_repo_id(repo_id)
+    config = read_config(calibration)
+    if (calibration / MANIFEST_NAME).exists():
+        verify_folder(calibration)
+    codebook_bytes = check_codebooks(calibration, config)
+    read_object(calibration / CALIBRATION_NAME, REMEDY, limit=MAX_JSON_BYTES)
+    quality = read_quality(calibration)
+    reports = _report_files(calibration)
+    _check_destination(calibration, out)
+    card = render_card(CardContent(config, quality, codebook_bytes, reports, repo_id))
+    with atomic_dir(out) as folder:
+        for name in (CODEBOOKS_NAME, CONFIG_NAME, CALIBRATION_NAME, *reports):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(calibration / name, folder / name)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        write_manifest(folder)
+        # What was copied is checked, not what was read before: the calibration may have changed.
+        verify_folder(folder)
+        check_codebooks(folder, read_config(folder))
+        records = read_manifest(folder)
+    return ExportResult(
+        folder=out,
+        config=config,
+        files=len(records) + 1,
+        size=sum(record.size for record in records.values()) + (out / MANIFEST_NAME).stat().st_size,
+        quality_measured=quality is not None
+        and quality.row_of(config.cache.name, config.objective) is not None,
+    )
+
+
+def _report_files(calibration: Path) -> tuple[str, ...]:
+    folder = calibration / REPORTS_NAME
+    if not folder.is_dir():
+        return ()
+    return tuple(
+        f"{REPORTS_NAME}/{name}"
+        for name in sorted(artifact_files(folder))
+        if Path(name).suffix in _REPORT_SUFFIXES
+    )
+
+
+def _check_destination(calibration: Path, out: Path) -> None:
+    source, target = calibration.resolve(), out.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise ArtifactError(
+            f"{out} and the calibration {calibration} lie inside one another; choose a folder of "
+            "its own with --out."
+        )
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    refusal = "cqtool will not replace it; move it away or choose another folder with --out."
+    if not out.is_dir():
+        raise ArtifactError(f"{out} is not a folder; {refusal}")
+    try:
+        known = {*read_manifest(out), MANIFEST_NAME}
+    except ArtifactError as error:
+        raise ArtifactError(f"{out} is not empty and no cqtool artifact; {refusal}") from error
+    if CONFIG_NAME not in known:
+        raise ArtifactError(f"{out} is not empty and no cqtool artifact; {refusal}")
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        own = name in known or (is_hub_metadata(name) and ".git" not in name.split("/"))
+        if not own and (path.is_symlink() or not path.is_dir()):
+            raise ArtifactError(f"{out} also holds {name}, which is not cqtool's; {refusal}")

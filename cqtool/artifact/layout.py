@@ -1,0 +1,195 @@
+"""What a calibration folder or artifact says it is, read and checked before anything is loaded.
+
+``cq_config.json`` is read field by field; the header of ``codebooks.safetensors`` is then compared
+with it, so that every tensor's name, shape, dtype and place in the file is known before a single
+centroid is. torch is not needed for any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cqtool.artifact.fields import Fields
+from cqtool.errors import ArtifactError, RecipeError
+from cqtool.spec import KINDS, CacheSpec, CQSpec
+from cqtool.strictjson import read_object
+
+CONFIG_NAME = "cq_config.json"
+CODEBOOKS_NAME = "codebooks.safetensors"
+CALIBRATION_NAME = "calibration.json"
+REPORTS_NAME = "reports"
+QUALITY_NAME = "quality.json"
+
+FORMAT_VERSION = 1
+MAX_JSON_BYTES = 16 << 20
+
+REMEDY = "Run `cqtool calibrate` again, or download the artifact again."
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that the codebooks were fitted to.
+
+    Attributes:
+        id: Hub id, or the local path it was loaded from.
+        revision: commit on the Hub, where known.
+        license: its license as the Hub writes it, where known.
+        fingerprint: see :func:`cqtool.models.fingerprint.fingerprint`.
+    """
+
+    id: str
+    revision: str | None
+    license: str | None
+    fingerprint: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer's cache: its heads, and the channels of a key and of a value head."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    sliding_window: int | None
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """The text that the codebooks were fitted on; `sequences` windows of `sequence_length`."""
+
+    dataset: Mapping[str, Any]
+    digest: str
+    sequences: int
+    sequence_length: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class CQConfig:
+    """``cq_config.json``, checked."""
+
+    tool_version: str
+    base_model: BaseModel
+    cache: CacheSpec
+    query_heads: int
+    layers: tuple[LayerShape, ...]
+    objective: str
+    recipe: Mapping[str, Any]
+    calibration: CalibrationData
+
+    @property
+    def codebook_shapes(self) -> dict[str, tuple[int, int, int, int]]:
+        """Every tensor of the codebook file: name -> ``[kv_heads, groups, 2**bits, channels]``."""
+        shapes = {}
+        for index, layer in enumerate(self.layers):
+            for kind in KINDS:
+                code = self.cache.code(kind)
+                dim = layer.key_dim if kind == "key" else layer.value_dim
+                shapes[f"layers.{index}.{kind}.codebook"] = (
+                    layer.kv_heads,
+                    dim // code.channels,
+                    code.centroids,
+                    code.channels,
+                )
+        return shapes
+
+    @property
+    def channels_per_token(self) -> int:
+        """Numbers that one token puts into an unquantized cache."""
+        return sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
+
+    @property
+    def code_bytes_per_token(self) -> float:
+        """Bytes of codes that one token outside window and sinks puts into the cache."""
+        bits = sum(
+            layer.kv_heads * dim * self.cache.code(kind).bits_per_channel
+            for layer in self.layers
+            for kind, dim in zip(KINDS, (layer.key_dim, layer.value_dim), strict=True)
+        )
+        return bits / 8
+
+
+def read_config(folder: Path) -> CQConfig:
+    """Read ``cq_config.json``.
+
+    Raises:
+        ArtifactError: `folder` holds none, or it is damaged, inconsistent or of another version.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} has no {CONFIG_NAME}, so it is neither a calibration folder nor an "
+            "artifact; make one with `cqtool calibrate`."
+        )
+    root = Fields(read_object(path, REMEDY, limit=MAX_JSON_BYTES), str(path), REMEDY)
+    version = root.integer("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format version {version} and this cqtool reads {FORMAT_VERSION}; upgrade "
+            "cqtool (pip install -U cqtool), or calibrate again with this one."
+        )
+    base, data = root.child("base_model"), root.child("calibration")
+    geometry = root.child("geometry")
+    config = CQConfig(
+        tool_version=root.child("tool").string("version"),
+        base_model=BaseModel(
+            id=base.string("id"),
+            revision=base.optional_string("revision"),
+            license=base.optional_string("license"),
+            fingerprint=base.mapping("fingerprint"),
+        ),
+        cache=_cache_spec(root.child("cache")),
+        query_heads=geometry.integer("query_heads", minimum=1),
+        layers=tuple(
+            LayerShape(
+                kv_heads=layer.integer("kv_heads", minimum=1),
+                key_dim=layer.integer("key_dim", minimum=1),
+                value_dim=layer.integer("value_dim", minimum=1),
+                sliding_window=layer.optional_integer("sliding_window", minimum=1),
+            )
+            for layer in geometry.children("layers")
+        ),
+        objective=root.string("objective"),
+        recipe=root.mapping("recipe"),
+        calibration=CalibrationData(
+            dataset=data.mapping("dataset"),
+            digest=data.string("digest"),
+            sequences=data.integer("sequences", minimum=1),
+            sequence_length=data.integer("sequence_length", minimum=1),
+            seed=data.integer("seed"),
+        ),
+    )
+    _check_groups(config, path)
+    return config
+
+
+def _cache_spec(fields: Fields) -> CacheSpec:
+    codes = {}
+    for kind in KINDS:
+        code = fields.child(kind)
+        try:
+            codes[kind] = CQSpec(
+                channels=code.integer("channels", minimum=1), bits=code.integer("bits", minimum=1)
+            )
+        except RecipeError as error:
+            raise ArtifactError(f"{fields.name}: {error} {REMEDY}") from error
+    return CacheSpec(
+        key=codes["key"],
+        value=codes["value"],
+        window=fields.integer("window", minimum=0),
+        sinks=fields.integer("sinks", minimum=0),
+    )
+
+
+def _check_groups(config: CQConfig, path: Path) -> None:
+    for index, layer in enumerate(config.layers):
+        for kind, dim in zip(KINDS, (layer.key_dim, layer.value_dim), strict=True):
+            channels = config.cache.code(kind).channels
+            if dim % channels:
+                raise ArtifactError(
+                    f"{path}: {kind} heads of layer {index} have {dim} channels, which do not "
+                    f"divide into groups of {channels}. {REMEDY}"
+                )

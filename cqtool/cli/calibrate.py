@@ -1,0 +1,213 @@
+"""`cqtool calibrate`: sample a model's activations and fit its codebooks."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cqtool.cli import options
+from cqtool.cli.output import Output
+from cqtool.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from cqtool.models.load import OpenedModel
+    from cqtool.recipe import Recipe
+
+EXAMPLES = (
+    "cqtool calibrate Qwen/Qwen3-0.6B --recipe cq-8c8b --out calibration",
+    "cqtool calibrate demo --recipe demo --out calibration --resume",
+)
+FILES = ("cq_config.json", "calibration.json", "codebooks.safetensors")
+"""What a finished calibration folder holds."""
+
+
+def calibrate(
+    model: options.ModelArgument,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Calibration folder to write.")
+    ] = Path("calibration"),
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe", metavar="RECIPE", help="Name of a shipped recipe, or path of a YAML file."
+        ),
+    ] = "cq-8c8b",
+    dataset: options.DatasetOption = None,
+    dataset_config: options.DatasetConfigOption = None,
+    split: options.SplitOption = None,
+    text_column: options.TextColumnOption = None,
+    sequences: Annotated[
+        int | None,
+        typer.Option("--sequences", min=1, help="Calibration sequences.", show_default=False),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option("--sequence-length", min=2, help="Tokens in each.", show_default=False),
+    ] = None,
+    objective: Annotated[
+        Literal["uniform", "fisher"] | None,
+        typer.Option(
+            "--objective",
+            help="Plain k-means, or k-means weighted with squared gradients of the loss.",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["auto", "faiss"] | None,
+        typer.Option("--engine", help="What runs the k-means.", show_default=False),
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option("--iterations", min=1, help="Iterations of k-means.", show_default=False),
+    ] = None,
+    window: options.WindowOption = None,
+    sinks: options.SinksOption = None,
+    seed: options.SeedOption = None,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
+    revision: options.RevisionOption = None,
+    trust_remote_code: options.TrustRemoteCodeFlag = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that was stopped, from --out.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the calibration that stands at --out.")
+    ] = False,
+    keep_samples: Annotated[
+        bool,
+        typer.Option(
+            "--keep-samples/--discard-samples",
+            help="Keep the sampled activations, for analyze-entropy and further fits.",
+        ),
+    ] = True,
+    json: options.JsonFlag = False,
+    quiet: options.QuietFlag = False,
+) -> None:
+    """Sample a model's keys and values and fit codebooks to them.
+
+    The recipe says how; every option that is given replaces the recipe's own value. A run that was
+    stopped continues with --resume and ends in the same bytes.
+    """
+    sink = Output(json=json, quiet=quiet)
+    if resume and force:
+        raise typer.BadParameter("--resume continues and --force replaces: give one of them.")
+    from cqtool.recipe import load_recipe, text_overrides
+
+    overrides = text_overrides("calibration", dataset, dataset_config, split, text_column) | {
+        "calibration.sequences": sequences,
+        "calibration.sequence_length": sequence_length,
+        "calibration.seed": seed,
+        "objective": objective,
+        "kmeans.engine": engine,
+        "kmeans.iterations": iterations,
+        "window": window,
+        "sinks": sinks,
+    }
+    chosen = load_recipe(recipe, {key: v for key, v in overrides.items() if v is not None})
+    finished = _finished(out)
+    _refuse_overwriting(out, finished=finished, resume=resume, force=force)
+
+    from cqtool.models.load import open_model
+
+    opened = open_model(
+        model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        progress=sink.progress(),
+    )
+    if finished and resume:
+        _refuse_other_settings(out, opened, chosen)
+        sink.note(f"The calibration in {out} is complete; nothing to do.")
+    else:
+        from cqtool.codebooks.calibrate import calibrate as fit
+
+        try:
+            fit(
+                opened,
+                chosen,
+                out,
+                resume=resume,
+                force=force,
+                keep_samples=keep_samples,
+                progress=sink.progress(),
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "What is finished stays; run the same command with --resume to continue."
+            ) from None
+    _report(sink, out, chosen)
+
+
+def _finished(out: Path) -> bool:
+    return all((out / name).is_file() for name in FILES)
+
+
+def _refuse_overwriting(out: Path, *, finished: bool, resume: bool, force: bool) -> None:
+    """Refuse before the work what would lose something after it."""
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file; choose another folder with --out.")
+    if finished:
+        if not (resume or force):
+            raise ArtifactError(
+                f"{out} holds a finished calibration; add --force to replace it, or choose "
+                "another folder with --out."
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise ArtifactError(
+            f"{out} holds other files, which a calibration would replace; choose a new folder "
+            "with --out."
+        )
+
+
+def _refuse_other_settings(out: Path, opened: OpenedModel, chosen: Recipe) -> None:
+    from cqtool.models.fingerprint import compare_fingerprints, fingerprint
+    from cqtool.recipe import Recipe
+
+    config = _read(out / "cq_config.json")
+    made_with = Recipe.model_validate(config["recipe"])
+    difference = compare_fingerprints(
+        config["base_model"]["fingerprint"], fingerprint(opened.model)
+    )
+    if difference is None and made_with.digest != chosen.digest:
+        difference = "its recipe differs in " + ", ".join(made_with.differences(chosen))
+    if difference is not None:
+        raise ArtifactError(
+            f"{out} holds a calibration of another kind ({difference}); choose another folder "
+            "with --out, or add --force without --resume to replace it."
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = jsonlib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read; calibrate again with --force.") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} is damaged; calibrate again with --force.")
+    return value
+
+
+def _report(sink: Output, out: Path, chosen: Recipe) -> None:
+    calibration = _read(out / "calibration.json")
+    timings = {name: float(seconds) for name, seconds in calibration["timings"].items()}
+    places = {path.name: str(path) for path in (out / name for name in (*FILES, "samples"))}
+    places = {name: place for name, place in places.items() if Path(place).exists()}
+    sink.result(
+        {
+            "calibration": str(out),
+            "format": chosen.spec.name,
+            "bits_per_channel": chosen.spec.bits_per_channel,
+            "files": places,
+            "timings": timings,
+        }
+    )
+    bits = chosen.spec.bits_per_channel
+    sink.text(f"{chosen.spec.name}: {bits:g} {'bit' if bits == 1 else 'bits'} per channel\n")
+    sink.table(["what", "where"], [[name, place] for name, place in places.items()])
+    sink.text()
+    sink.table(["step", "seconds"], [[name, f"{took:.1f}"] for name, took in timings.items()])

@@ -1,0 +1,233 @@
+"""`cqtool check`: what a calibration costs in quality and saves in bytes, with gates for CI."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cqtool.cli import options
+from cqtool.cli.output import Output, write_stderr
+from cqtool.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from cqtool.recipe import Recipe
+
+EXAMPLES = (
+    "cqtool check demo calibration --compare cq-4c8b,int4 --max-ppl-increase 3% --max-kl 0.05",
+)
+GATE_MISSED = 3
+"""Exit code: everything ran, but the quality is not there."""
+
+COLUMNS = [
+    "format",
+    "bits",
+    "eff. bits",
+    "perplexity",
+    "increase",
+    "KL",
+    "top-1",
+    "bytes/token",
+    "ratio",
+]
+
+
+def check(
+    model: options.ModelArgument,
+    calibration: options.CalibrationArgument,
+    dataset: options.DatasetOption = None,
+    dataset_config: options.DatasetConfigOption = None,
+    split: options.SplitOption = None,
+    text_column: options.TextColumnOption = None,
+    windows: Annotated[
+        int | None,
+        typer.Option("--windows", min=1, help="Evaluation windows.", show_default=False),
+    ] = None,
+    window_length: Annotated[
+        int | None,
+        typer.Option("--window-length", min=2, help="Tokens in each.", show_default=False),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compare",
+            metavar="FORMAT",
+            help="Also measure: int4, int2, nf4, fp16 ..., a coupled format fitted to the same "
+            "samples (cq-4c8b, cq-8c8b:uniform), or another calibration folder. Repeat the option, "
+            "or separate with commas.",
+            show_default=False,
+        ),
+    ] = None,
+    mode: Annotated[
+        Literal["teacher", "decode"],
+        typer.Option(
+            "--mode",
+            help="teacher: one forward pass per window over the quantized cache; "
+            "decode: token by token, as generation does.",
+        ),
+    ] = "teacher",
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(
+            "--max-ppl-increase",
+            metavar="X%",
+            help="Gate: largest relative increase of perplexity, such as 3% or 0.03.",
+            show_default=False,
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl", min=0.0, help="Gate: largest mean KL per token, nats.", show_default=False
+        ),
+    ] = None,
+    min_top1: Annotated[
+        str | None,
+        typer.Option(
+            "--min-top1",
+            metavar="X%",
+            help="Gate: smallest agreement of the most likely token, such as 90% or 0.9.",
+            show_default=False,
+        ),
+    ] = None,
+    window: options.WindowOption = None,
+    sinks: options.SinksOption = None,
+    samples: options.SamplesOption = None,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
+    revision: options.RevisionOption = None,
+    trust_remote_code: options.TrustRemoteCodeFlag = False,
+    json: options.JsonFlag = False,
+    quiet: options.QuietFlag = False,
+) -> None:
+    """Measure perplexity, KL and top-1 agreement of the quantized cache on held-out text.
+
+    Each figure carries its standard error; cache bytes are measured on the stored tensors. What no
+    option says comes from the recipe of the calibration. Exit code 3 when a gate is missed.
+    """
+    sink = Output(json=json, quiet=quiet)
+    from cqtool.recipe import text_overrides
+
+    overrides = text_overrides("evaluation", dataset, dataset_config, split, text_column) | {
+        "evaluation.windows": windows,
+        "evaluation.window_length": window_length,
+        "gates.max_ppl_increase": max_ppl_increase,
+        "gates.max_kl": max_kl,
+        "gates.min_top1": min_top1,
+    }
+    recipe = _recipe_of(calibration, {key: v for key, v in overrides.items() if v is not None})
+
+    from cqtool import quality
+    from cqtool.models.load import open_model
+
+    text, gates = recipe.evaluation, recipe.gates
+    settings = quality.CheckSettings(
+        dataset=text.dataset,
+        config=text.config,
+        split=text.split,
+        column=text.column,
+        windows=text.windows,
+        window_length=text.window_length,
+        compare=tuple(name for item in compare or () for name in item.split(",") if name),
+        mode=mode,
+        gates=quality.Gates(
+            max_ppl_increase=gates.max_ppl_increase, max_kl=gates.max_kl, min_top1=gates.min_top1
+        ),
+        samples=samples,
+        window=window,
+        sinks=sinks,
+    )
+    opened = open_model(
+        model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        progress=sink.progress(),
+    )
+    report = quality.check(opened, calibration, settings, sink.progress()).to_json()
+    files = _refresh_reports(calibration, report)
+    sink.result(report | {"files": files})
+    sink.table(COLUMNS, table_rows(report["rows"]))
+    sink.text()
+    for path in files.values():
+        sink.text(path)
+    if not _print_gates(sink, report["gates"]):
+        raise typer.Exit(GATE_MISSED)
+
+
+def _refresh_reports(calibration: Path, report: dict[str, Any]) -> dict[str, str]:
+    """Draw the plot and write the HTML report anew; where the reports are."""
+    from cqtool.report.html import write_report
+    from cqtool.report.plots import plot_quality
+
+    reports = calibration / "reports"
+    plot_quality(report, reports / "quality.png")
+    written = write_report(calibration)
+    return {
+        path.name: str(path)
+        for path in (reports / "quality.json", reports / "quality.png", written)
+    }
+
+
+def table_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The cells of :data:`COLUMNS` for the rows of a quality report."""
+    return [
+        [
+            row.get("label") or row["name"],
+            _number(row.get("bits_per_channel"), "{:.2f}"),
+            _number(row.get("effective_bits"), "{:.2f}"),
+            _measured(row, "perplexity", "{:.3f}"),
+            _measured(row, "perplexity_increase", "{:.2%}"),
+            _measured(row, "kl", "{:.4f}"),
+            _measured(row, "top1", "{:.2%}"),
+            _number(row.get("cache_bytes_per_token"), "{:.0f}"),
+            _ratio(row),
+        ]
+        for row in rows
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _measured(row: dict[str, Any], name: str, form: str) -> str:
+    value, error = row.get(name), row.get(f"{name}_se")
+    if value is None or not error:
+        return _number(value, form)
+    return f"{form.format(value)} ± {form.format(error)}"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    part, whole = row.get("cache_bytes_per_token"), row.get("cache_bytes_per_token_full")
+    return f"{whole / part:.1f}x" if part and whole else "-"
+
+
+def _print_gates(sink: Output, gates: list[dict[str, Any]]) -> bool:
+    """Print one line per gate, the missed ones on stderr; whether all passed."""
+    for gate in gates:
+        line = f"{gate['name']}: measured {gate['value']:.4g}, limit {gate['limit']:.4g}"
+        if gate["passed"]:
+            sink.text(f"gate passed: {line}")
+        else:
+            write_stderr(line, label="gate missed", style="bold red")
+    return all(gate["passed"] for gate in gates)
+
+
+def _recipe_of(calibration: Path, overrides: dict[str, Any]) -> Recipe:
+    """The recipe that a calibration was made with, `overrides` applied."""
+    from cqtool.recipe import recipe_from
+
+    path = calibration / "cq_config.json"
+    try:
+        recipe = jsonlib.loads(path.read_text(encoding="utf-8"))["recipe"]
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{calibration} is no calibration folder; make one with `cqtool calibrate`."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged; run `cqtool calibrate` again.") from error
+    return recipe_from(recipe, overrides, origin=str(path))

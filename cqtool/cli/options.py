@@ -1,0 +1,139 @@
+"""Arguments and options that several commands share, spelled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hub id, a local model folder, or `demo` for the built-in demo model.",
+        show_default=False,
+    ),
+]
+CalibrationArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CALIBRATION",
+        help="The folder that `cqtool calibrate` wrote.",
+        show_default=False,
+    ),
+]
+ArtifactArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="ARTIFACT",
+        help="An artifact folder, a calibration folder, or the Hub id of an artifact.",
+        show_default=False,
+    ),
+]
+
+JsonFlag = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document on stdout instead of text."),
+]
+QuietFlag = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print no text and no progress; errors remain."),
+]
+
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="auto, cpu, cuda or cuda:1; auto takes a GPU when there is one.",
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype",
+        help="Precision of the model; auto is float32 on a CPU, else the checkpoint's own.",
+    ),
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="REV",
+        help="Branch, tag or commit of the model on the Hub.",
+        show_default=False,
+    ),
+]
+TrustRemoteCodeFlag = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model."),
+]
+
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        metavar="TEXT",
+        help="Text to use: a Hub dataset id, a .txt, .jsonl or .parquet file, a folder of such, "
+        "`demo`, or `auto`.",
+        show_default=False,
+    ),
+]
+DatasetConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset-config",
+        metavar="NAME",
+        help="Configuration of the Hub dataset.",
+        show_default=False,
+    ),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--split", metavar="NAME", help="Split of the Hub dataset or demo text.", show_default=False
+    ),
+]
+TextColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text-column",
+        metavar="NAME",
+        help="Column or field that holds the text.",
+        show_default=False,
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, help="Seed of everything random.", show_default=False),
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        min=0,
+        help="How many of the newest tokens stay in full precision.",
+        show_default=False,
+    ),
+]
+SinksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--sinks",
+        min=0,
+        help="How many of the first tokens stay in full precision.",
+        show_default=False,
+    ),
+]
+SamplesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--samples",
+        metavar="DIR",
+        help="A calibration folder (or its samples/) whose stored activations are used again.",
+        show_default=False,
+    ),
+]

@@ -1,0 +1,242 @@
+"""What to do: the validated recipe, read from a YAML file; options override single fields.
+
+A recipe is everything that decides a calibration (format, objective, k-means, text) and how it is
+judged (evaluation text, gates). The shipped ones lie in the folder `recipes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from cqtool.errors import RecipeError
+from cqtool.files import digest_json
+from cqtool.recipe_errors import explain
+from cqtool.spec import CacheSpec, CQSpec
+from cqtool.yaml_lines import Lines, read_yaml
+
+
+def parse_fraction(value: object) -> object:
+    """Read `"3%"` as 0.03 and `"0.03"` as 0.03; anything else is left to the validation."""
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            raise ValueError("write a percentage such as 3%, or a fraction such as 0.03") from None
+    return value
+
+
+Fraction = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, allow_inf_nan=False)]
+"""A share of one, written `3%` or 0.03."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Format(_Part):
+    """Codes of keys and values; a single name in a recipe stands for both."""
+
+    key: str
+    value: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: object) -> object:
+        return {"key": value, "value": value} if isinstance(value, str) else value
+
+    @field_validator("key", "value")
+    @classmethod
+    def _is_a_format(cls, name: str) -> str:
+        try:
+            return CQSpec.parse(name).name
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+
+    @model_serializer
+    def _to_name(self) -> str | dict[str, str]:
+        return self.key if self.key == self.value else {"key": self.key, "value": self.value}
+
+
+class KMeans(_Part):
+    """How centroids are fitted."""
+
+    engine: Literal["auto", "faiss"] = "auto"
+    iterations: int = Field(default=100, ge=1)
+    init: Literal["kmeans++", "random"] = "kmeans++"
+
+
+class Text(_Part):
+    """Where text comes from (see :func:`cqtool.data.resolve_source`)."""
+
+    dataset: str = "auto"
+    config: str | None = None
+    split: str | None = None
+    column: str = "text"
+    revision: str | None = None
+
+
+class CalibrationText(Text):
+    """Text to sample activations on; the paper takes 16 sequences of 2048 tokens."""
+
+    sequences: int = Field(default=16, ge=1)
+    sequence_length: int = Field(default=2048, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+
+class EvaluationText(Text):
+    """Held-out text to measure quality on."""
+
+    windows: int = Field(default=16, ge=1)
+    window_length: int = Field(default=2048, ge=2)
+
+
+class GateLimits(_Part):
+    """Limits that `cqtool check` holds a calibration to; None is no limit."""
+
+    max_ppl_increase: Fraction | None = None
+    max_kl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    min_top1: Fraction | None = Field(default=None, le=1)
+
+
+class Recipe(_Part):
+    """How to make and judge one quantized cache."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    description: str = ""
+    format: Format
+    window: int = Field(default=128, ge=0)
+    sinks: int = Field(default=4, ge=0)
+    objective: Literal["uniform", "fisher"] = "fisher"
+    kmeans: KMeans = KMeans()
+    calibration: CalibrationText = CalibrationText()
+    evaluation: EvaluationText = EvaluationText()
+    gates: GateLimits = GateLimits()
+
+    @property
+    def spec(self) -> CacheSpec:
+        """The cache format that this recipe makes."""
+        key, value = CQSpec.parse(self.format.key), CQSpec.parse(self.format.value)
+        return CacheSpec(key=key, value=value, window=self.window, sinks=self.sinks)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the fields that decide a calibration: all but its name, its description and
+        how it is judged."""
+        return digest_json(self._decisive())
+
+    def differences(self, other: Self) -> list[str]:
+        """Names of the decisive fields in which two recipes differ, such as `window`."""
+        mine, theirs = self._decisive(), other._decisive()
+        return [name for name in mine if mine[name] != theirs[name]]
+
+    def _decisive(self) -> dict[str, Any]:
+        judged = {"name", "description", "evaluation", "gates"}
+        return self.model_dump(mode="json", exclude=judged)
+
+
+def recipe_folder() -> Path:
+    """The folder of the shipped recipes: inside the installed package, or beside it in a
+    checkout."""
+    package = Path(__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a shipped recipe or a YAML file.
+
+    Args:
+        name_or_path: a name of :func:`recipe_names`, or the path of a YAML file.
+        overrides: values by dotted key, such as `{"calibration.seed": 1}`, that replace the file's.
+
+    Raises:
+        RecipeError: there is no such recipe, or a key or value is wrong; says where and what is
+            allowed.
+    """
+    path = _find(name_or_path)
+    value, lines = read_yaml(path)
+    return recipe_from(value, overrides or {}, origin=str(path), lines=lines)
+
+
+def recipe_from(
+    value: Any, overrides: Mapping[str, Any], *, origin: str, lines: Lines | None = None
+) -> Recipe:
+    """Validate the parsed content of a recipe, `overrides` applied.
+
+    Raises:
+        RecipeError: a key or value is wrong; the message begins with `origin` and its line, or
+            with the overriding option.
+    """
+    if not isinstance(value, dict):
+        raise RecipeError(
+            f"{origin}: a recipe is a list of `key: value` lines, such as `format: cq-8c8b`."
+        )
+    merged = value
+    for key, override in overrides.items():
+        merged = _replaced(merged, key.split("."), override)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        overridden = {tuple(key.split(".")) for key in overrides}
+        raise RecipeError(explain(error, Recipe, origin, lines or {}, overridden)) from None
+
+
+def text_overrides(
+    part: Literal["calibration", "evaluation"],
+    dataset: str | None,
+    config: str | None,
+    split: str | None,
+    column: str | None,
+) -> dict[str, Any]:
+    """Overrides that name another text; None leaves the recipe's own value.
+
+    A new data set starts from the defaults, since the recipe's configuration, split, column and
+    revision belong to its own.
+    """
+    given = {"dataset": dataset, "config": config, "split": split, "column": column}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    if dataset is not None:
+        overrides = Text().model_dump() | overrides
+    return {f"{part}.{name}": value for name, value in overrides.items()}
+
+
+def _find(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"} or "/" in name_or_path:
+        return path
+    names = recipe_names()
+    if name_or_path in names:
+        return recipe_folder() / f"{name_or_path}.yaml"
+    close = get_close_matches(name_or_path, names, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise RecipeError(
+        f"There is no recipe '{name_or_path}'.{hint} Shipped are {', '.join(names)}; or give the "
+        "path of a YAML file."
+    )
+
+
+def _replaced(value: Any, keys: list[str], new: Any) -> dict[str, Any]:
+    content = dict(value) if isinstance(value, dict) else {}
+    head, *rest = keys
+    content[head] = _replaced(content.get(head), rest, new) if rest else new
+    return content

@@ -1,0 +1,1 @@
+"""Plots and the HTML report, made from the JSON files of a calibration folder."""

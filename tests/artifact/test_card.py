@@ -1,0 +1,183 @@
+"""The model card says what was measured, and nothing that is in none of the artifact's files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from synthetic_artifact import config, edit_json, quality
+from typer.main import get_command
+
+from cqtool.artifact.export import export
+from cqtool.cli.app import app
+from cqtool.models.demo import DEMO_ID
+
+
+def card_of(calibration: Path, **options: Any) -> str:
+    out = calibration.parent / "card-artifact"
+    return (export(calibration, out, **options).folder / "README.md").read_text()
+
+
+def test_metadata_are_what_the_hub_reads(calibration: Path) -> None:
+    text = card_of(calibration, repo_id="org/tiny-cq")
+    # Read with a YAML parser as well as with the Hub client.
+    plain = yaml.safe_load(text.split("---\n")[1])
+    assert plain == ModelCard(text).data.to_dict()
+    assert plain == {
+        "base_model": "some-org/Tiny-Model",
+        "base_model_relation": "quantized",
+        "library_name": "cqtool",
+        "license": "apache-2.0",
+        "datasets": ["Salesforce/wikitext"],
+        "tags": [
+            "kv-cache",
+            "kv-cache-quantization",
+            "coupled-quantization",
+            "quantization",
+            "k-cq-4c3b-v-cq-8c4b",
+        ],
+    }
+
+
+def test_local_models_and_texts_are_not_given_as_hub_ids(calibration: Path) -> None:
+    def make_local(value: dict[str, Any]) -> None:
+        value["base_model"].update(id="/home/somebody/models/tiny", license=None)
+        value["calibration"]["dataset"].update(dataset="/home/somebody/corpus.txt", config=None)
+
+    edit_json(calibration / "cq_config.json", make_local)
+    text = card_of(calibration)
+    assert ModelCard(text).data.to_dict().keys() == {"library_name", "tags"}
+    assert "/home/somebody" not in text
+    assert "`tiny`" in text and "`corpus.txt`" in text
+
+
+def test_every_measured_figure_is_there_with_its_standard_error(calibration: Path) -> None:
+    text = card_of(calibration)
+    row = next(line for line in text.splitlines() if line.startswith("| K 4c3b"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "K 4c3b, V 8c4b",
+        "0.625",
+        "23.891 ± 0.829",
+        "+11.92% ± 1.37%",
+        "0.0871 ± 0.0023",
+        "91.43% ± 0.31%",
+    ]
+    assert "| K 4c3b, V 8c4b | 22 | 4.3% | 1.375 |" in text
+
+
+def test_no_number_is_invented(calibration: Path) -> None:
+    """Each number of the text is in a source file, or follows from the format by arithmetic."""
+    text = card_of(calibration, repo_id="org/tiny-cq")
+    body = text.split("---\n", 2)[2].split("## Citation")[0]
+    sources = json.dumps([config(), quality()])
+    size = (calibration / "codebooks.safetensors").stat().st_size
+    derived = {
+        "0.625", "0.75", "0.5",  # bits per channel: (3/4 + 4/8) / 2, 3/4 and 4/8
+        "8", "16",  # centroids: 2**3 and 2**4; sinks + window
+        "2", "10", "128", str(size),  # layers, code bytes, channels per token, codebook bytes
+        "11.92", "1.37", "91.43", "0.31", "4.3", "100.0",  # fractions as per cent
+    }  # fmt: skip
+    numbers = re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w])", body)
+    known = {float(n) for n in [*re.findall(r"\d+(?:\.\d+)?", sources), *derived]}
+    assert len(numbers) > 40
+    assert {n for n in numbers if float(n) not in known} == set()
+
+
+def test_the_command_names_everything_that_was_chosen(calibration: Path) -> None:
+    text = card_of(calibration, repo_id="org/tiny-cq")
+    command = text.split("```bash\n")[1].split("```")[0]
+    download, check = command.replace("\\\n", " ").strip().splitlines()
+    assert shlex.split(download) == ["hf", "download", "org/tiny-cq", "--local-dir", "artifact"]
+    assert (
+        " ".join(shlex.split(check))
+        == "cqtool check some-org/Tiny-Model --revision 0123abc artifact "
+        "--dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1 --split test "
+        "--text-column text --windows 6 --window-length 768 --window 5 --sinks 3 --mode teacher "
+        "--dtype float32 --compare int4"
+    )
+    again = shlex.split(text.split("```bash\n")[2].split("```")[0].replace("\\\n", " "))
+    assert (
+        " ".join(again)
+        == "cqtool calibrate some-org/Tiny-Model --revision 0123abc --out calibration "
+        "--recipe tiny --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1 "
+        "--split train --text-column text --sequences 7 --sequence-length 96 --seed 11 "
+        "--objective fisher --iterations 25 --window 5 --sinks 3"
+    )
+
+
+def test_commands_are_ones_that_cqtool_has(calibration: Path) -> None:
+    edit_json(
+        calibration / "reports" / "quality.json",
+        lambda q: q["rows"][2].update(name="cq-4c8b", objective="uniform"),
+    )
+    text = card_of(calibration, repo_id="org/tiny-cq")
+    commands = [
+        shlex.split(line)
+        for block in text.split("```bash\n")[1:]
+        for line in block.split("```")[0].replace("\\\n", " ").splitlines()
+        if line.startswith("cqtool")
+    ]
+    assert [words[1] for words in commands] == ["check", "calibrate"]
+    assert commands[0][-4:] == ["--compare", "cq-4c8b:uniform", "--samples", "calibration"]
+    known = get_command(app).commands
+    for _, name, *arguments in commands:
+        # Parsing refuses an option that does not exist or a value of the wrong type.
+        known[name].make_context(name, list(arguments), resilient_parsing=False)
+
+
+def test_a_single_window_has_no_standard_error(calibration: Path) -> None:
+    nothing = {f"{name}_se": None for name in ("perplexity", "perplexity_increase", "kl", "top1")}
+    edit_json(calibration / "reports" / "quality.json", lambda q: q["rows"][1].update(nothing))
+    row = next(line for line in card_of(calibration).splitlines() if line.startswith("| K 4c3b"))
+    assert row == "| K 4c3b, V 8c4b | 0.625 | 23.891 | +11.92% | 0.0871 | 91.43% |"
+
+
+def test_the_demo_is_not_passed_off_as_the_published_checkpoint(calibration: Path) -> None:
+    edit_json(
+        calibration / "cq_config.json",
+        lambda c: c["base_model"].update(id=DEMO_ID, revision=None),
+    )
+    text = card_of(calibration)
+    assert "cqtool check demo artifact" in text and 'open_model("demo")' in text
+    assert "not those of the published checkpoint" in text
+
+
+@pytest.mark.parametrize("why", ["no report", "other formats only"])
+def test_without_a_measurement_the_card_says_so(calibration: Path, why: str) -> None:
+    path = calibration / "reports" / "quality.json"
+    if why == "no report":
+        path.unlink()
+    else:
+        edit_json(path, lambda q: q.update(rows=[q["rows"][0], q["rows"][2]]))
+    text = card_of(calibration)
+    assert "quality of this artifact has not been measured" in text
+    assert "±" not in text and "| Cache |" not in text
+
+
+def test_usage_is_two_lines_that_parse(calibration: Path) -> None:
+    text = card_of(calibration, repo_id="org/tiny-cq")
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+    assert 'cache = CQCache.from_pretrained("org/tiny-cq", model)\n' in code
+    assert "model.generate(**inputs, past_key_values=cache)" in code
+
+
+def test_names_cannot_break_out_of_the_text(calibration: Path) -> None:
+    hostile = "a|b\n\n# Heading <script>`x`"
+    edit_json(
+        calibration / "reports" / "quality.json",
+        lambda q: (q["rows"][1].update(label=hostile), q.update(device=hostile)),
+    )
+    edit_json(
+        calibration / "cq_config.json", lambda c: c["base_model"].update(license="x: y\n--- [z")
+    )
+    text = card_of(calibration)
+    assert "\n# Heading" not in text and not re.search(r"(?<!\\)<script", text)
+    assert ModelCard(text).data.license == "x: y\n--- [z"

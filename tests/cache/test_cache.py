@@ -1,0 +1,264 @@
+"""The cache against its definition, and against transformers' own cache when nothing is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from formats import RecordingCache, exact_format, random_format
+from slow_cache import SlowCache
+from transformers import DynamicCache
+from zoo import CONFIGS, random_ids, tiny
+
+from cqtool.cache import CacheFormat, CQCache, LayerCodecs
+from cqtool.schemes.scalar import IntCodec
+
+
+def watch(cache):
+    """Every layer's (new states, returned states), in order."""
+    log = []
+    for layer in cache.layers:
+        original = layer.update
+
+        def update(keys, values, *args, _layer=layer, _original=original, **kwargs):
+            result = _original(keys, values, *args, **kwargs)
+            log.append((_layer.index, keys, values, *result))
+            return result
+
+        layer.update = update
+    return log
+
+
+@pytest.mark.parametrize(
+    ("window", "sinks", "prompt"),
+    [(0, 0, 5), (0, 2, 1), (3, 0, 7), (3, 2, 7), (6, 4, 2), (20, 1, 4)],
+)
+def test_every_step_matches_the_slow_definition(window, sinks, prompt):
+    model = tiny("llama")
+    format = random_format(model, window=window, sinks=sinks)
+    cache = CQCache(format, model)
+    log = watch(cache)
+    ids = random_ids(1, 13)
+    # A prompt, single tokens, then a further turn of three.
+    pieces = [ids[:, :prompt], *ids[:, prompt:10].split(1, dim=1), ids[:, 10:]]
+    theta = model.config.rope_parameters["rope_theta"]
+    slow = [
+        SlowCache(c.key.codebook, c.value.codebook, window, sinks, theta) for c in format.layers
+    ]
+    with torch.no_grad():
+        for piece in pieces:
+            model(input_ids=piece, past_key_values=cache)
+    assert len(log) == len(pieces) * 3
+    for index, new_keys, new_values, keys, values in log:
+        expected = slow[index].step(new_keys[0], new_values[0])
+        torch.testing.assert_close(keys[0].double(), expected[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(values[0].double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_left_padded_rows_match_the_slow_definition():
+    model = tiny("llama")
+    format = random_format(model, window=3, sinks=2)
+    cache = CQCache(format, model)
+    log = watch(cache)
+    padding = [0, 4, 7]
+    ids = random_ids(3, 9)
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(padding):
+        mask[row, :count] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    theta = model.config.rope_parameters["rope_theta"]
+    for row, count in enumerate(padding):
+        slow = [
+            SlowCache(c.key.codebook, c.value.codebook, 3, 2, theta, padding=count)
+            for c in format.layers
+        ]
+        for index, new_keys, new_values, keys, values in log:
+            expected = slow[index].step(new_keys[row], new_values[row])
+            # Padding is never attended to, so what stands there is nobody's business.
+            torch.testing.assert_close(
+                keys[row, :, count:].double(), expected[0][:, count:], rtol=1e-4, atol=1e-4
+            )
+            torch.testing.assert_close(
+                values[row, :, count:].double(), expected[1][:, count:], rtol=1e-5, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (5, 2)])
+def test_exact_codebooks_reproduce_the_full_precision_cache(name, window, sinks):
+    model = tiny(name)
+    prompt = random_ids(2, 24)
+    options = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True}
+    recorded = RecordingCache(model)
+    full = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=recorded,
+        output_logits=True,
+        **options,
+    )
+    cache = CQCache(exact_format(recorded, window=window, sinks=sinks), model)
+    coded = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        output_logits=True,
+        **options,
+    )
+    assert cache.get_seq_length() == 47
+    assert any(layer.coded for layer in cache.layers)
+    torch.testing.assert_close(
+        torch.stack(coded.logits), torch.stack(full.logits), rtol=1e-3, atol=2e-3
+    )
+    assert torch.equal(coded.sequences, full.sequences)
+
+
+def test_beam_search_follows_the_full_precision_cache():
+    model = tiny("qwen3")
+    prompt = random_ids(2, 12)
+    mask = torch.ones_like(prompt)
+    mask[1, :3] = 0
+    options = {"num_beams": 3, "max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
+    full = model.generate(prompt, **options)
+    # 8-bit integers a channel are near enough to exact for beams to agree, and know no codebook.
+    geometry = random_format(model).geometry
+    layers = tuple(LayerCodecs(IntCodec(8, 32), IntCodec(8, 32)) for _ in geometry.layers)
+    cache = CQCache(CacheFormat("int8", geometry, layers, 4, 2), model)
+    coded = model.generate(prompt, past_key_values=cache, **options)
+    assert torch.equal(coded, full)
+
+
+def test_rows_can_be_reordered_repeated_and_selected():
+    model = tiny("gemma3")
+    format = random_format(model, window=2, sinks=1)
+    ids = random_ids(3, 20)
+    mask = torch.ones_like(ids)
+    mask[2, :6] = 0
+    order = torch.tensor([2, 0, 0, 1])
+
+    def run(rows, change):
+        cache = CQCache(format, model)
+        with torch.no_grad():
+            for part in (ids[rows, :19], ids[rows, 19:]):
+                seen = cache.get_seq_length() + part.shape[1]
+                model(input_ids=part, attention_mask=mask[rows, :seen], past_key_values=cache)
+            if change:
+                change(cache)
+            final = mask[order] if change else mask[rows]
+            final = torch.cat((final, torch.ones(len(final), 1, dtype=torch.long)), dim=1)
+            token = torch.full((len(final), 1), 7)
+            return model(input_ids=token, attention_mask=final, past_key_values=cache).logits
+
+    everything = torch.arange(3)
+    expected = run(order, None)
+    torch.testing.assert_close(run(everything, lambda c: c.reorder_cache(order)), expected)
+    torch.testing.assert_close(run(everything, lambda c: c.batch_select_indices(order)), expected)
+
+    def repeat_then_pick(cache):
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(2 * order)
+
+    torch.testing.assert_close(run(everything, repeat_then_pick), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_cropping_back_and_going_on_equals_never_having_gone_there(name):
+    model = tiny(name)
+    ids = random_ids(1, 14)
+    # Nothing is lost by coding here, so tokens coded meanwhile make no difference either.
+    recorded = RecordingCache(model)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=recorded)
+        model(input_ids=random_ids(1, 5, seed=5), past_key_values=recorded)
+    format = exact_format(recorded, window=3, sinks=1)
+    straight, detour = CQCache(format, model), CQCache(format, model)
+    with torch.no_grad():
+        model(input_ids=ids[:, :9], past_key_values=straight)
+        model(input_ids=ids[:, :9], past_key_values=detour)
+        model(input_ids=random_ids(1, 5, seed=5), past_key_values=detour)
+        detour.crop(-5)
+        assert detour.get_seq_length() == 9
+        expected = model(input_ids=ids[:, 9:], past_key_values=straight).logits
+        found = model(input_ids=ids[:, 9:], past_key_values=detour).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="negative"):
+        detour.crop(3)
+
+
+def test_cropping_into_the_codes_and_beyond_everything():
+    model = tiny("llama")
+    cache = CQCache(random_format(model, window=2), model)
+    with torch.no_grad():
+        model(input_ids=random_ids(1, 12), past_key_values=cache)
+        cache.crop(-7)
+        assert cache.get_seq_length() == 5
+        model(input_ids=random_ids(1, 1), past_key_values=cache)
+        assert cache.get_seq_length() == 6
+        cache.crop(-100)
+        assert cache.get_seq_length() == 0
+        model(input_ids=random_ids(1, 3), past_key_values=cache)
+    assert cache.get_seq_length() == 3
+
+
+def test_a_sliding_layer_keeps_no_more_than_its_window():
+    model = tiny("mistral")
+    cache = CQCache(random_format(model, window=4, sinks=2), model)
+    with torch.no_grad():
+        model(input_ids=random_ids(1, 40), past_key_values=cache)
+        for token in random_ids(1, 30, seed=1).split(1, dim=1):
+            model(input_ids=token, past_key_values=cache)
+    layer = cache.layers[0]
+    assert cache.get_seq_length() == 70
+    assert layer.coded["key"]["codes"].shape[2] + layer.keys.shape[2] == 15
+    full = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=random_ids(1, 70), past_key_values=full)
+    assert cache.nbytes_full == sum(x.keys.nbytes + x.values.nbytes for x in full.layers)
+
+
+def test_a_second_turn_reuses_the_cache_through_generate():
+    model = tiny("llama")
+    ids = random_ids(1, 10)
+    full = RecordingCache(model)
+    texts = []
+    for coded in (False, True):
+        past = CQCache(exact_format(full, window=4), model) if coded else full
+        first = model.generate(ids, past_key_values=past, max_new_tokens=5, do_sample=False)
+        turn = torch.cat((first, random_ids(1, 6, seed=3)), dim=1)
+        texts.append(model.generate(turn, past_key_values=past, max_new_tokens=5, do_sample=False))
+        assert past.get_seq_length() == 25
+    assert torch.equal(*texts)
+
+
+def test_reset_makes_room_for_other_rows_and_a_fresh_cache_shares_the_codebooks():
+    model = tiny("llama")
+    cache = CQCache(random_format(model, window=2, sinks=1), model)
+    with torch.no_grad():
+        first = model(input_ids=random_ids(1, 9), past_key_values=cache).logits
+        model(input_ids=random_ids(1, 1), past_key_values=cache)
+        cache.reset()
+        assert cache.get_seq_length() == 0 and cache.nbytes == 0
+        model(input_ids=random_ids(3, 9), past_key_values=cache)
+        again = model(input_ids=random_ids(1, 9), past_key_values=CQCache(cache.format, model))
+    torch.testing.assert_close(again.logits, first)
+
+
+@pytest.mark.parametrize(("channels", "bits"), [(8, 8), (4, 8), (2, 8), (8, 10), (4, 3)])
+def test_stored_bytes_are_what_the_bits_promise(channels, bits):
+    model = tiny("llama")
+    cache = CQCache(random_format(model, channels=channels, bits=bits), model)
+    with torch.no_grad():
+        model(input_ids=random_ids(1, 100), past_key_values=cache)
+    # 3 layers x keys and values x 2 heads of 16 channels, each head's codes in whole bytes.
+    per_head = -(-16 // channels * bits // 8)
+    frequencies = 4 * 8
+    assert cache.nbytes == 100 * (3 * 2 * 2 * per_head + 4) + frequencies
+    assert cache.nbytes_full == 100 * 3 * 2 * 2 * 16 * 4
+
+
+def test_bfloat16_models_keep_their_dtype():
+    model = tiny("llama", dtype=torch.bfloat16)
+    cache = CQCache(random_format(model, window=2, sinks=1), model)
+    out = model.generate(random_ids(1, 9), past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert out.shape == (1, 14)
+    assert cache.layers[0].keys.dtype == torch.bfloat16

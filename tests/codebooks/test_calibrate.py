@@ -1,0 +1,246 @@
+"""A calibration is whole or not there, resumes to the same bytes, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cqtool.cache import CQCache
+from cqtool.codebooks import calibrate as module
+from cqtool.codebooks.calibrate import calibrate, partial_folder
+from cqtool.errors import ArtifactError, DataError, EnvironmentProblem, RecipeError, SampleError
+from cqtool.files import sha256_file
+from cqtool.models.load import open_model
+from cqtool.recipe import load_recipe
+from cqtool.sampling import SampleStore
+
+
+def small_recipe(text: Path, **overrides):
+    values = {
+        "calibration.dataset": str(text),
+        "calibration.sequences": 4,
+        "calibration.sequence_length": 64,
+        "kmeans.iterations": 10,
+        "format": "cq-8c4b",
+        "window": 8,
+        "sinks": 2,
+    }
+    return load_recipe("cq-8c8b", values | {k.replace("__", "."): v for k, v in overrides.items()})
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_model_dir):
+    return open_model(str(tiny_model_dir), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(opened, tiny_text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("calibration") / "cal"
+    calibrate(opened, small_recipe(tiny_text_file), out)
+    return out
+
+
+def test_the_folder_holds_what_the_recipe_asked_for(finished, opened, tiny_text_file):
+    recipe = small_recipe(tiny_text_file)
+    codebooks = load_file(finished / "codebooks.safetensors")
+    assert set(codebooks) == {
+        f"layers.{layer}.{kind}.codebook" for layer in range(2) for kind in ("key", "value")
+    }
+    assert {(tuple(t.shape), t.dtype) for t in codebooks.values()} == {
+        ((2, 2, 16, 8), torch.float16)
+    }
+    config = json.loads((finished / "cq_config.json").read_text())
+    assert config["recipe"] == recipe.model_dump(mode="json")
+    assert config["cache"] == recipe.spec.to_json()
+    record = json.loads((finished / "calibration.json").read_text())
+    assert record["engine_detail"].startswith("faiss ") and record["engine_detail"].endswith("CPU")
+    assert set(record["timings"]) == {"text", "sampling", "fitting"}
+    assert record["data"]["digest"] == config["calibration"]["digest"]
+    assert len(record["objective_values"]) == 2
+    assert SampleStore.open(finished).tokens == 256
+    assert not partial_folder(finished).exists()
+    assert [p.name for p in finished.parent.iterdir()] == [finished.name]
+
+
+def test_generation_runs_on_it_in_two_lines(finished, opened):
+    cache = CQCache.from_pretrained(finished, opened.model)
+    ids = opened.tokenizer("Some words to begin with", return_tensors="pt")
+    out = opened.model.generate(**ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    assert out.shape[1] > ids["input_ids"].shape[1]
+    assert cache.layers[0].coded["key"]["codes"].shape[-1] == 1
+
+
+def test_uniform_and_fisher_differ_and_uniform_keeps_no_gradients(
+    finished, opened, tiny_text_file, tmp_path
+):
+    calibrate(opened, small_recipe(tiny_text_file, objective="uniform"), tmp_path / "cal")
+    assert not SampleStore.open(tmp_path / "cal").has_gradients
+    first, second = (
+        load_file(folder / "codebooks.safetensors") for folder in (finished, tmp_path / "cal")
+    )
+    assert all(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_same_recipe_gives_the_same_bytes(finished, opened, tiny_text_file, tmp_path):
+    calibrate(opened, small_recipe(tiny_text_file), tmp_path / "cal", keep_samples=False)
+    assert not (tmp_path / "cal" / "samples").exists()
+    for name in ("codebooks.safetensors", "cq_config.json"):
+        assert (tmp_path / "cal" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_failure_leaves_the_good_calibration_in_place(
+    opened, tiny_text_file, tmp_path, monkeypatch
+):
+    out = tmp_path / "cal"
+    calibrate(opened, small_recipe(tiny_text_file), out)
+    before = {p: sha256_file(p) for p in out.rglob("*") if p.is_file()}
+
+    def broken(*args):
+        raise RuntimeError("boom")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_codebooks", broken)
+        with pytest.raises(RuntimeError, match="boom"):
+            calibrate(opened, small_recipe(tiny_text_file, calibration__seed=1), out, force=True)
+    assert {p: sha256_file(p) for p in out.rglob("*") if p.is_file()} == before
+    # What was done is not lost, and needs saying so to be thrown away.
+    with pytest.raises(ArtifactError, match="interrupted"):
+        calibrate(opened, small_recipe(tiny_text_file, calibration__seed=1), out)
+    calibrate(opened, small_recipe(tiny_text_file, calibration__seed=1), out, resume=True)
+    assert sha256_file(out / "codebooks.safetensors") != before[out / "codebooks.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cal"]
+
+
+def test_resuming_with_another_recipe_is_refused(opened, tiny_text_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "fit_codebooks", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            calibrate(opened, small_recipe(tiny_text_file), tmp_path / "cal")
+    with pytest.raises(SampleError, match=r"data.*differ"):
+        calibrate(
+            opened, small_recipe(tiny_text_file, calibration__seed=9), tmp_path / "cal", resume=True
+        )
+
+
+def test_a_damaged_intermediate_fit_is_fitted_again(
+    finished, opened, tiny_text_file, tmp_path, monkeypatch
+):
+    recipe = small_recipe(tiny_text_file)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_codebooks", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            calibrate(opened, recipe, tmp_path / "cal")
+    (fit,) = partial_folder(tmp_path / "cal").glob("fits/*/layer-001.safetensors")
+    fit.write_bytes(fit.read_bytes()[:100])
+    calibrate(opened, recipe, tmp_path / "cal", resume=True)
+    name = "codebooks.safetensors"
+    assert (tmp_path / "cal" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_bad_input_is_refused_before_any_work(opened, tiny_text_file, tmp_path):
+    out = tmp_path / "cal"
+    cases = [
+        (RecipeError, "couple", {"format": "cq-3c8b"}),
+        (SampleError, "1024 centroids", {"format": "cq-8c10b"}),
+        (DataError, "more text", {"calibration__sequences": 100_000}),
+        (DataError, "nowhere.txt", {"calibration__dataset": str(tmp_path / "nowhere.txt")}),
+    ]
+    for error, words, overrides in cases:
+        with pytest.raises(error, match=words):
+            calibrate(opened, small_recipe(tiny_text_file, **overrides), out)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_sentence(opened, tiny_text_file, tmp_path, monkeypatch):
+    def full(tensors, path, *args):
+        with Path("/dev/full").open("wb", buffering=0) as device:
+            device.write(b"x")
+
+    monkeypatch.setattr("cqtool.sampling.store.save_file", full)
+    with pytest.raises(EnvironmentProblem, match="disk is full"):
+        calibrate(opened, small_recipe(tiny_text_file), tmp_path / "cal")
+    assert not (tmp_path / "cal").exists()
+
+
+def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        "-c",
+        "from cqtool.cli import main; main()",
+        *("calibrate", str(model), "--recipe", "cq-8c8b", "--out", str(out)),
+        *("--dataset", str(text), "--sequences", "6", "--sequence-length", "64"),
+        *("--iterations", "20", "--device", "cpu", "--quiet", *more),
+    ]
+
+
+def test_kill_9_at_random_moments_and_resume_gives_the_same_bytes(
+    tiny_model_dir, tiny_text_file, tmp_path
+):
+    def run(out, *more, kill_after=None):
+        process = subprocess.Popen(
+            command(tiny_model_dir, tiny_text_file, out, *more),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        if kill_after is not None:
+            kill_after(process, out)
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+        _, errors = process.communicate(timeout=300)
+        return process.returncode, errors.decode()
+
+    assert run(tmp_path / "whole") == (0, "")
+    reference = (tmp_path / "whole" / "codebooks.safetensors").read_bytes()
+    rng = random.Random(0)
+    for attempt in range(5):
+        out = tmp_path / f"cut-{attempt}"
+        files = rng.randint(1, 13)
+
+        def wait(process, out, files=files):
+            """Until so many files of the work in progress exist, then a little longer."""
+            deadline = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline:
+                if len(list(partial_folder(out).rglob("*.safetensors"))) >= files:
+                    break
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.05)
+
+        code, _ = run(out, kill_after=wait)
+        assert code == -signal.SIGKILL
+        # Killed a moment after the last rename, it is all there; before that, nothing is.
+        if out.exists():
+            assert (out / "codebooks.safetensors").read_bytes() == reference
+        assert run(out, "--resume") == (0, "")
+        assert (out / "codebooks.safetensors").read_bytes() == reference
+        assert sorted(p.name for p in tmp_path.iterdir() if "partial" in p.name) == []
+
+
+def test_two_at_once_into_one_folder(tiny_model_dir, tiny_text_file, tmp_path):
+    out = tmp_path / "cal"
+    processes = [
+        subprocess.Popen(
+            command(tiny_model_dir, tiny_text_file, out, "--force"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    ends = [(p.communicate(timeout=300)[1].decode(), p.returncode) for p in processes]
+    codes = sorted(code for _, code in ends)
+    # Either the second was told to wait, or it came so late that it replaced the first.
+    assert codes in ([0, 2], [0, 0])
+    if codes == [0, 2]:
+        (message,) = [text for text, code in ends if code == 2]
+        assert "Another cqtool" in message
+    assert (out / "codebooks.safetensors").is_file()

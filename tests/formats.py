@@ -1,0 +1,73 @@
+"""Cache formats for tests, made without fitting anything."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+from zoo import random_ids
+
+from cqtool.cache import CacheFormat, CQCodec, LayerCodecs
+from cqtool.models.geometry import read_geometry
+from cqtool.models.rotation import unrotate
+from cqtool.models.tap import AttentionTap
+
+
+class RecordingCache(DynamicCache):
+    """transformers' own cache, noting the unrotated keys and the values that go in."""
+
+    def __init__(self, model):
+        super().__init__(config=model.config)
+        self.geometry, self.tap = read_geometry(model), AttentionTap.of(model)
+        self.seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        rotation, keys = self.geometry.layers[layer_idx].rotation, key_states
+        if rotation.style != "none":
+            step = self.tap.steps[layer_idx]
+            keys = unrotate(keys, step.cos, step.sin, rotation)
+        self.seen.setdefault(layer_idx, []).append((keys.float(), value_states.float()))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def samples(self, layer):
+        """Keys and values ``[rows * tokens, kv_heads, head_dim]``."""
+        return tuple(
+            torch.cat([entry[part] for entry in self.seen[layer]], dim=2)
+            .transpose(1, 2)
+            .flatten(0, 1)
+            for part in (0, 1)
+        )
+
+
+def random_format(model, *, channels=8, bits=4, window=0, sinks=0, seed=0) -> CacheFormat:
+    """Codebooks drawn from a normal distribution of the activations' spread."""
+    recorded = RecordingCache(model)
+    with torch.no_grad():
+        model(input_ids=random_ids(1, 64, seed=99), past_key_values=recorded)
+    generator = torch.Generator().manual_seed(seed)
+
+    def codec(samples):
+        _, heads, dim = samples.shape
+        shape = (heads, dim // channels, 1 << bits, channels)
+        return CQCodec(torch.randn(shape, generator=generator) * samples.std())
+
+    geometry = recorded.geometry
+    layers = tuple(
+        LayerCodecs(*map(codec, recorded.samples(layer))) for layer in range(len(geometry.layers))
+    )
+    return CacheFormat(f"cq-{channels}c{bits}b", geometry, layers, window, sinks)
+
+
+def exact_format(recorded: RecordingCache, *, window=0, sinks=0) -> CacheFormat:
+    """Codebooks that hold every vector of a recorded run: coding loses nothing."""
+
+    def codec(samples):
+        vectors = samples.transpose(0, 1).unsqueeze(1)  # [heads, 1, tokens, head_dim]
+        size = 1 << max(1, (vectors.shape[2] - 1).bit_length())
+        padding = vectors[:, :, :1].expand(-1, -1, size - vectors.shape[2], -1)
+        return CQCodec(torch.cat((vectors, padding), dim=2))
+
+    geometry = recorded.geometry
+    layers = tuple(
+        LayerCodecs(*map(codec, recorded.samples(layer))) for layer in range(len(geometry.layers))
+    )
+    return CacheFormat("exact", geometry, layers, window, sinks)

@@ -1,0 +1,111 @@
+"""A fingerprint is the same for every load of one checkpoint and differs for all others."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from cqtool.models.fingerprint import compare_fingerprints, fingerprint
+
+SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+
+
+def tiny(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | {"num_hidden_layers": 6} | changes)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_survives_dtype_and_a_trip_through_json(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny()
+    expected = json.loads(json.dumps(fingerprint(model)))
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert compare_fingerprints(expected, fingerprint(loaded)) is None
+
+
+def test_16_bit_checkpoint_loaded_in_any_dtype() -> None:
+    model = tiny().to(torch.bfloat16)
+    expected = fingerprint(model)
+    for dtype in (torch.float32, torch.float16):
+        assert compare_fingerprints(expected, fingerprint(copy.deepcopy(model).to(dtype))) is None
+
+
+def test_probe_holds_weights_of_the_model() -> None:
+    model = tiny()
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.fill_(float(number + 1))
+    probe = fingerprint(model)["probe"]
+    assert len(probe) == 64
+    names = [name for name, _ in model.named_parameters()]
+    probed = {names[int(value) - 1] for value in probe}
+    assert "model.embed_tokens.weight" in probed
+    assert sum("layernorm" in name for name in probed) >= 10
+    assert sum("proj" in name or "lm_head" in name for name in probed) == 32
+
+
+def test_other_weights_of_the_same_shape_differ() -> None:
+    said = compare_fingerprints(fingerprint(tiny(0)), fingerprint(tiny(1)))
+    assert said is not None
+    assert "weights differ" in said
+
+
+def test_fine_tune_of_two_projections_only_is_noticed() -> None:
+    model = tiny()
+    expected = fingerprint(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "v_proj" in name:  # what LoRA changes by default
+                parameter.add_(0.03 * parameter.std() * torch.randn_like(parameter))
+    assert "weights differ" in str(compare_fingerprints(expected, fingerprint(model)))
+
+
+def test_tolerance_lies_between_rounding_and_retraining() -> None:
+    expected = fingerprint(tiny())
+    for factor, same in [(1.008, True), (1.03, False)]:  # bfloat16's step is at most 0.8 %
+        one_moved = [*expected["probe"][:-1], expected["probe"][-1] * factor]
+        assert (compare_fingerprints(expected, expected | {"probe": one_moved}) is None) == same
+
+
+def test_other_shape_or_type_is_named() -> None:
+    expected = fingerprint(tiny())
+    deeper = fingerprint(tiny(num_hidden_layers=5))
+    assert "names or shapes" in str(compare_fingerprints(expected, deeper))
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))
+    assert compare_fingerprints(expected, fingerprint(gpt2)) == "its type is gpt2 instead of llama"
+
+
+def test_tied_embeddings_and_a_model_without_vectors() -> None:
+    tied = tiny(tie_word_embeddings=True)
+    assert compare_fingerprints(fingerprint(tied), fingerprint(copy.deepcopy(tied))) is None
+    untied = fingerprint(tiny(tie_word_embeddings=False))
+    assert "names or shapes" in str(compare_fingerprints(fingerprint(tied), untied))
+    for module in tied.modules():
+        if "RMSNorm" in type(module).__name__:
+            del module.weight
+    assert len(fingerprint(tied)["probe"]) == 64
+
+
+def test_damaged_probe_never_matches() -> None:
+    expected = fingerprint(tiny())
+    assert compare_fingerprints(expected | {"probe": []}, expected) is not None
+    nan = expected | {"probe": [float("nan")] * 64}
+    assert compare_fingerprints(nan, expected) is not None
+
+
+def test_import_needs_torch_only() -> None:
+    code = (
+        "import sys, cqtool.models.fingerprint\n"
+        "print([m for m in ('faiss', 'datasets', 'typer', 'rich', 'pydantic', 'transformers') "
+        "if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

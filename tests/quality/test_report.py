@@ -1,0 +1,65 @@
+"""Figures and their errors, against direct computation in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cqtool.quality.measure import WindowFigures, add_window
+from cqtool.quality.report import Gates, Row, judge, standard_error, summarise
+
+
+def test_window_figures_match_float64():
+    torch.manual_seed(0)
+    tokens, vocabulary = 600, 37
+    full, quantized = torch.randn(2, tokens, vocabulary) * 3
+    ids = torch.randint(0, vocabulary, (tokens,))
+    figures = WindowFigures()
+    add_window(figures, full, quantized, ids)
+    p, q = (x.double().log_softmax(-1).numpy() for x in (full, quantized))
+    nll = [-q[i, ids[i + 1]] for i in range(tokens - 1)]
+    assert figures.nll[0] == pytest.approx(np.mean(nll), rel=1e-6)
+    assert figures.kl[0] == pytest.approx(np.mean((np.exp(p) * (p - q)).sum(-1)), rel=1e-5)
+    assert figures.top1[0] == np.mean(p.argmax(-1) == q.argmax(-1))
+
+
+def test_full_precision_against_itself_is_free():
+    logits = torch.randn(50, 11)
+    figures = WindowFigures()
+    add_window(figures, logits, logits, torch.randint(0, 11, (50,)))
+    assert figures.kl == [0.0] and figures.top1 == [1.0]
+    summary = summarise(figures, figures)
+    assert summary["perplexity_increase"] == 0 and summary["kl_se"] is None
+
+
+def test_summary_uses_windows_as_units_and_pairs_them():
+    full = WindowFigures(nll=[2.0, 3.0, 4.0], kl=[0, 0, 0], top1=[1, 1, 1])
+    other = WindowFigures(nll=[2.1, 3.2, 4.3], kl=[0.1, 0.2, 0.3], top1=[0.9, 0.8, 0.7])
+    summary = summarise(full, other)
+    assert summary["perplexity"] == pytest.approx(math.exp(3.2))
+    # The windows differ far more from each other than quantization makes them differ.
+    assert summary["perplexity_se"] == pytest.approx(math.exp(3.2) * 1.1 / math.sqrt(3))
+    assert summary["perplexity_increase"] == pytest.approx(math.exp(0.2) - 1)
+    assert summary["perplexity_increase_se"] == pytest.approx(math.exp(0.2) * 0.1 / math.sqrt(3))
+    assert summary["kl"] == pytest.approx(0.2)
+    assert summary["kl_se"] == pytest.approx(0.1 / math.sqrt(3))
+    assert standard_error([1.0]) is None
+
+
+def row(**changes) -> Row:
+    values = dict.fromkeys(Row.__dataclass_fields__, 0.0)
+    return Row(**{**values, "name": "x", "label": "x", "objective": None, **changes})
+
+
+def test_gates_pass_on_the_limit_and_fail_beyond_it_and_on_nan():
+    gates = Gates(max_ppl_increase=0.03, max_kl=0.05, min_top1=0.9)
+    good = judge(row(perplexity_increase=0.03, kl=0.05, top1=0.9), gates)
+    assert [gate.passed for gate in good] == [True, True, True]
+    bad = judge(row(perplexity_increase=0.031, kl=0.06, top1=0.89), gates)
+    assert [gate.passed for gate in bad] == [False, False, False]
+    broken = judge(row(perplexity_increase=math.nan, kl=math.nan, top1=math.nan), gates)
+    assert not any(gate.passed for gate in broken)
+    assert judge(row(), Gates()) == ()

@@ -1,0 +1,72 @@
+"""One pass over a whole text gives the logits that decoding token by token gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from formats import random_format
+from zoo import ALIBI, CONFIGS, random_ids, tiny
+
+from cqtool.errors import ModelError
+from cqtool.quality.measure import quantized_logits
+from cqtool.quality.simulate import require_simulation
+
+# Dynamic RoPE rotates early tokens otherwise in one long pass than in many short ones.
+SAME_EITHER_WAY = sorted(set(CONFIGS) - {"dynamic"} - ALIBI)
+
+
+@pytest.mark.parametrize("name", SAME_EITHER_WAY)
+def test_teacher_mode_equals_decode_mode(name):
+    model = tiny(name)
+    ids = random_ids(1, 40)[0]
+    for window, sinks in ((0, 0), (0, 3), (5, 0), (7, 3), (50, 2)):
+        format = random_format(model, window=window, sinks=sinks)
+        require_simulation(model, format, ids)
+        teacher = quantized_logits(model, format, ids, "teacher")
+        decode = quantized_logits(model, format, ids, "decode")
+        torch.testing.assert_close(teacher, decode, rtol=1e-3, atol=2e-3)
+
+
+def test_the_window_matters_and_the_model_is_left_as_it_was():
+    model = tiny("llama")
+    ids = random_ids(1, 40)[0]
+    with torch.no_grad():
+        before = model(input_ids=ids[None]).logits
+    results = [
+        quantized_logits(model, random_format(model, window=w, sinks=s), ids, "teacher")
+        for w, s in ((0, 0), (4, 0), (4, 2), (40, 0))
+    ]
+    for other in results[1:]:
+        assert (results[0] - other).abs().max() > 0.1
+    # A window as long as the text leaves nothing to quantize.
+    torch.testing.assert_close(results[-1], before[0], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids[None]).logits, before)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_additive_and_boolean_masks(attention):
+    model = tiny("gemma3")
+    model.set_attn_implementation(attention)
+    ids = random_ids(1, 30)[0]
+    format = random_format(model, window=6, sinks=1)
+    teacher = quantized_logits(model, format, ids, "teacher")
+    torch.testing.assert_close(
+        teacher, quantized_logits(model, format, ids, "decode"), rtol=1e-3, atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("name", sorted(ALIBI))
+def test_models_that_count_keys_are_sent_to_decode_mode(name):
+    model = tiny(name)
+    ids = random_ids(1, 40)[0]
+    with pytest.raises(ModelError, match="--mode decode"):
+        require_simulation(model, random_format(model, window=5), ids)
+    without = random_format(model)
+    require_simulation(model, without, ids)
+    torch.testing.assert_close(
+        quantized_logits(model, without, ids, "teacher"),
+        quantized_logits(model, without, ids, "decode"),
+        rtol=1e-3,
+        atol=2e-3,
+    )

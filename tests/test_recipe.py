@@ -1,0 +1,206 @@
+"""Recipes: what is accepted, what a mistake says, and what the shipped files promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cqtool.errors import RecipeError
+from cqtool.recipe import Recipe, load_recipe, recipe_folder, recipe_names, text_overrides
+from cqtool.spec import CacheSpec, CQSpec
+
+MINIMAL = "name: mine\nformat: cq-4c8b\n"
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def refusal(folder: Path, text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, text))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("cq-2c8b", 4), ("cq-4c8b", 2), ("cq-8c10b", 1.25), ("cq-8c8b", 1)]
+)
+def test_shipped_recipe_has_the_bits_of_its_name(name: str, bits: float) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.spec.name == name
+    assert recipe.spec.bits_per_channel == bits
+    assert (recipe.calibration.sequences, recipe.calibration.sequence_length) == (16, 2048)
+    assert (recipe.window, recipe.sinks) == (128, 4)
+
+
+def test_every_file_in_the_folder_is_a_valid_recipe_named_like_its_file() -> None:
+    assert set(recipe_names()) >= {"cq-2c8b", "cq-4c8b", "cq-8c10b", "cq-8c8b", "demo"}
+    for name in recipe_names():
+        assert load_recipe(name).name == name
+        assert load_recipe(str(recipe_folder() / f"{name}.yaml")) == load_recipe(name)
+
+
+def test_each_objective_is_one_field_away() -> None:
+    for objective in ("uniform", "fisher"):
+        assert load_recipe("cq-8c8b", {"objective": objective}).objective == objective
+
+
+def test_keys_and_values_may_differ(tmp_path: Path) -> None:
+    text = "name: mine\nformat: {key: cq-4c8b, value: cq-8c8b}\nwindow: 0\nsinks: 0\n"
+    assert load_recipe(write(tmp_path, text)).spec == CacheSpec(CQSpec(4, 8), CQSpec(8, 8))
+
+
+def test_what_is_written_to_json_reads_back() -> None:
+    recipe = load_recipe("demo", {"gates.max_ppl_increase": "3%"})
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(("written", "value"), [('"3%"', 0.03), ("3%", 0.03), ("0.03", 0.03)])
+def test_percent_and_fraction_mean_the_same(tmp_path: Path, written: str, value: float) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL + f"gates: {{max_ppl_increase: {written}}}\n"))
+    assert recipe.gates.max_ppl_increase == value
+
+
+def test_a_wrong_key_names_line_key_guess_and_what_is_allowed(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL + "kmeans:\n  iteratons: 5\n")
+    assert message == (
+        f"{tmp_path}/mine.yaml:4: unknown key 'kmeans.iteratons'. Did you mean 'iterations'? "
+        "Allowed here: engine, iterations, init."
+    )
+
+
+def test_a_wrong_value_names_line_key_guess_and_what_is_allowed(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL + "\n# why\nobjective: fischer\n")
+    assert message == (
+        f"{tmp_path}/mine.yaml:5: 'fischer' is not possible for 'objective'. Did you mean "
+        "'fisher'? Allowed: uniform, fisher."
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "allowed"),
+    [
+        ("window: -1", "'window'", "at least 0"),
+        ("window: 12.5", "'window'", "a whole number"),
+        ("window: true", "'window'", "a whole number"),
+        ("window: '128'", "'window'", "a whole number"),
+        ("calibration: 5", "'calibration'", "keys and values"),
+        ("calibration: {sequences: 0}", "'calibration.sequences'", "at least 1"),
+        ("gates: {max_ppl_increase: 3 pct}", "'gates.max_ppl_increase'", "such as 3%"),
+        ("gates: {min_top1: 120%}", "'gates.min_top1'", "at most 1"),
+        ("gates: {max_kl: .nan}", "'gates.max_kl'", "a finite number"),
+        ("description: 5", "'description'", "text"),
+    ],
+)
+def test_each_kind_of_mistake_has_its_line_and_fix(
+    tmp_path: Path, line: str, key: str, allowed: str
+) -> None:
+    message = refusal(tmp_path, MINIMAL + line + "\n")
+    assert "mine.yaml:3: " in message
+    assert key in message
+    assert allowed in message
+
+
+@pytest.mark.parametrize("name", ["cq-8c8", "int4", "cq-8c17b", "cq-0c8b"])
+def test_an_impossible_format_is_refused_where_it_stands(tmp_path: Path, name: str) -> None:
+    message = refusal(tmp_path, f"name: mine\nformat: {name}\n")
+    assert "mine.yaml:2: 'format'" in message
+    assert "cq-8c8b" in message
+
+
+def test_every_mistake_is_named_in_the_order_of_the_file(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "format: cq-4c8b\nwindow: x\nname: mine\nsinks: y\n")
+    assert [line.split(": ")[0] for line in message.splitlines()] == [
+        f"{tmp_path}/mine.yaml:2",
+        f"{tmp_path}/mine.yaml:4",
+    ]
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    assert "'format' is missing" in refusal(tmp_path, "name: mine\n")
+
+
+def test_a_key_given_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL + "kmeans:\n  init: random\n  init: kmeans++\n")
+    assert "mine.yaml:5: the key 'kmeans.init' stands already in line 4" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "- 1\n",
+        "a: [\n",
+        "3: 4\n",
+        "? [a]\n: 1\n",
+        "a: *nowhere\n",
+        "a: &x {b: *x}\n",
+        "a: \x00",
+    ],
+)
+def test_what_is_no_recipe_at_all_is_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
+    assert "mine.yaml" in refusal(tmp_path, text)
+
+
+def test_python_objects_are_not_built(tmp_path: Path) -> None:
+    text = MINIMAL + "description: !!python/object/apply:os.getcwd []\n"
+    assert "mine.yaml:3" in refusal(tmp_path, text)
+
+
+def test_an_unknown_name_offers_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"Did you mean cq-8c8b\?.*cq-2c8b, cq-4c8b"):
+        load_recipe("cq-8c8")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no file"):
+        load_recipe(str(tmp_path / "none.yaml"))
+
+
+def test_an_override_replaces_one_field_only() -> None:
+    recipe, plain = load_recipe("demo", {"calibration.seed": 7}), load_recipe("demo")
+    assert recipe.calibration.seed == 7
+    assert recipe.differences(plain) == ["calibration"]
+    changed = plain.calibration.model_copy(update={"seed": 7})
+    assert recipe == plain.model_copy(update={"calibration": changed})
+
+
+def test_a_wrong_override_is_blamed_on_the_option_not_on_the_file() -> None:
+    with pytest.raises(RecipeError, match=r"^the option for calibration\.seed: '-3' .* at least 0"):
+        load_recipe("demo", {"calibration.seed": -3})
+
+
+def test_another_dataset_drops_what_belonged_to_the_recipes_own(tmp_path: Path) -> None:
+    text = MINIMAL + "calibration: {dataset: a/b, config: c, split: s, column: body, revision: r}\n"
+    path = write(tmp_path, text)
+    changed = load_recipe(path, text_overrides("calibration", "my.txt", None, None, None))
+    assert changed.calibration.dataset == "my.txt"
+    assert (changed.calibration.config, changed.calibration.split) == (None, None)
+    assert (changed.calibration.column, changed.calibration.revision) == ("text", None)
+    same = load_recipe(path, text_overrides("calibration", None, None, "test", None))
+    assert (same.calibration.dataset, same.calibration.config) == ("a/b", "c")
+    assert same.calibration.split == "test"
+
+
+def test_the_digest_follows_what_decides_a_calibration_and_nothing_else() -> None:
+    plain = load_recipe("demo")
+    for key, value in {
+        "format": "cq-4c8b",
+        "window": 64,
+        "sinks": 0,
+        "objective": "uniform",
+        "kmeans.iterations": 7,
+        "calibration.seed": 1,
+    }.items():
+        assert load_recipe("demo", {key: value}).digest != plain.digest, key
+    for key, value in {"description": "x", "evaluation.windows": 1, "gates.max_kl": 1.0}.items():
+        assert load_recipe("demo", {key: value}).digest == plain.digest, key
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe("demo").window = 0  # type: ignore[misc]

@@ -1,0 +1,122 @@
+"""Tiny randomly initialised decoders of many architectures, for tests of mechanics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+
+VOCABULARY = 120
+_LLAMA: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 3, "n_head": 4}
+_NEOX: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+
+
+def _rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 10000.0, **more}
+
+
+def _llama(**changes: Any) -> tf.LlamaConfig:
+    return tf.LlamaConfig(**{**_LLAMA, **changes})
+
+
+CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
+    "llama": _llama,
+    "llama-mha-bias": lambda: _llama(num_key_value_heads=4, attention_bias=True),
+    "llama-mqa": lambda: _llama(num_key_value_heads=1),
+    "llama3-rope": lambda: _llama(
+        rope_parameters=_rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        )
+    ),
+    "yarn": lambda: _llama(
+        rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=128)
+    ),
+    "linear": lambda: _llama(rope_parameters=_rope("linear", factor=4.0)),
+    "dynamic": lambda: _llama(
+        max_position_embeddings=32, rope_parameters=_rope("dynamic", factor=4.0)
+    ),
+    "mistral": lambda: tf.MistralConfig(**_LLAMA, sliding_window=16),
+    "qwen2": lambda: tf.Qwen2Config(**_LLAMA),
+    "qwen3": lambda: tf.Qwen3Config(**_LLAMA, head_dim=32),
+    "gemma2": lambda: tf.Gemma2Config(**_LLAMA, head_dim=16, sliding_window=16),
+    "gemma3": lambda: tf.Gemma3TextConfig(
+        **_LLAMA,
+        head_dim=32,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi": lambda: tf.PhiConfig(**_LLAMA),
+    "phi3": lambda: tf.Phi3Config(**_LLAMA),
+    "gpt-oss": lambda: tf.GptOssConfig(
+        **_LLAMA,
+        head_dim=16,
+        num_local_experts=4,
+        sliding_window=16,
+        rope_parameters=_rope("default"),
+    ),
+    "cohere": lambda: tf.CohereConfig(**_LLAMA),
+    "cohere2": lambda: tf.Cohere2Config(**{**_LLAMA, "num_hidden_layers": 4}, sliding_window=16),
+    "glm": lambda: tf.GlmConfig(**_LLAMA, head_dim=16),
+    "smollm3": lambda: tf.SmolLM3Config(**{**_LLAMA, "num_hidden_layers": 4}),
+    "stablelm": lambda: tf.StableLmConfig(**_LLAMA),
+    "mixtral": lambda: tf.MixtralConfig(**_LLAMA, num_local_experts=4),
+    "gpt-neox": lambda: tf.GPTNeoXConfig(**_NEOX, intermediate_size=96),
+    "gptj": lambda: tf.GPTJConfig(**_GPT, rotary_dim=8, n_positions=512),
+    "gpt2": lambda: tf.GPT2Config(**_GPT, n_positions=512),
+    "opt": lambda: tf.OPTConfig(
+        **_NEOX, ffn_dim=96, max_position_embeddings=512, word_embed_proj_dim=64
+    ),
+    "falcon": lambda: tf.FalconConfig(**_NEOX, multi_query=True, alibi=False),
+    "falcon-gqa": lambda: tf.FalconConfig(
+        **_NEOX, num_kv_heads=2, new_decoder_architecture=True, alibi=False
+    ),
+    "bloom": lambda: tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=3, n_head=4),
+    "gpt-bigcode": lambda: tf.GPTBigCodeConfig(**_GPT, n_positions=512, multi_query=True),
+}
+ALIBI = frozenset({"bloom"})
+"""Architectures that place tokens by a bias computed from the number of keys."""
+
+
+def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> tf.PreTrainedModel:
+    """A model of architecture `name` with weights large enough that attention is not uniform."""
+    torch.manual_seed(seed)
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+            elif parameter.dim() == 1:
+                # Norm weights of one and biases of zero would hide a mistake in either.
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval().requires_grad_(False).to(dtype)
+
+
+def random_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (batch, tokens), generator=generator)
