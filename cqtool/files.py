@@ -6,6 +6,7 @@ missing permission becomes one sentence, and what stood there before stays as it
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from cqtool.errors import EnvironmentProblem
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 _OS_REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder with --out",
@@ -85,14 +89,29 @@ def atomic_dir(path: Path) -> Iterator[Path]:
             yield temporary
             temporary.chmod(0o755)
             if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-                path.rename(old / "old")
-                temporary.rename(path)
-                shutil.rmtree(old)
+                _exchange(temporary, path)
             else:
                 temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders, in one step where the system has one (Linux's renameat2)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        first, second = os.fsencode(new), os.fsencode(old)
+        if renameat2(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE) == 0:
+            return
+    # File systems without it: a moment without a folder, but never a moment without its content.
+    aside = old.with_name(f"{new.name}.old")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+    aside.rename(new)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,6 +24,7 @@ from pydantic import (
 
 from cqtool.errors import RecipeError
 from cqtool.files import digest_json
+from cqtool.layout.config import CONFIG_NAME, read_config
 from cqtool.recipe_errors import explain
 from cqtool.spec import CacheSpec, CQSpec
 from cqtool.yaml_lines import Lines, read_yaml
@@ -199,6 +200,17 @@ def recipe_from(
     except ValidationError as error:
         overridden = {tuple(key.split(".")) for key in overrides}
         raise RecipeError(explain(error, Recipe, origin, lines or {}, overridden)) from None
+
+
+def recipe_of(folder: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe that a calibration folder or artifact was made with, `overrides` applied.
+
+    Raises:
+        ArtifactError: `folder` is none of the two, or damaged.
+        RecipeError: an override is wrong.
+    """
+    recipe = dict(read_config(folder).recipe)
+    return recipe_from(recipe, overrides or {}, origin=str(folder / CONFIG_NAME))
 
 
 def text_overrides(

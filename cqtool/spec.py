@@ -109,15 +109,5 @@ class CacheSpec:
         return self.key if kind == "key" else self.value
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; :meth:`from_json` reads it back."""
+        """The JSON form, as cq_config.json has it."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> CacheSpec:
-        """Read what :meth:`to_json` wrote."""
-        return cls(
-            key=CQSpec(**value["key"]),
-            value=CQSpec(**value["value"]),
-            window=int(value["window"]),
-            sinks=int(value["sinks"]),
-        )

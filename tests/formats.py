@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from zoo import random_ids
 
 from cqtool.cache import CacheFormat, CQCodec, LayerCodecs
-from cqtool.models.geometry import read_geometry
+from cqtool.models.probe import read_geometry
 from cqtool.models.rotation import unrotate
 from cqtool.models.tap import AttentionTap
 

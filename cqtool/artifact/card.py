@@ -14,10 +14,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from cqtool.artifact.card_commands import calibrate_command
 from cqtool.artifact.card_content import LOCAL_MODEL, CardContent
 from cqtool.artifact.card_measured import memory_section, quality_section
-from cqtool.artifact.layout import CQConfig
 from cqtool.artifact.markdown import dataset, number, plain
 from cqtool.artifact.names import is_hub_id, public_name
 from cqtool.errors import ArtifactError
+from cqtool.layout.config import CQConfig
 
 _TAGS = ["kv-cache", "kv-cache-quantization", "coupled-quantization", "quantization"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from cqtool.artifact.layout import CQConfig
 from cqtool.artifact.measured import QualityReport, QualityRow
 from cqtool.artifact.names import is_hub_id
+from cqtool.layout.config import CQConfig
 from cqtool.models.demo import DEMO_ID
 
 LOCAL_MODEL = "PATH/TO/MODEL"

@@ -68,8 +68,8 @@ def memory_section(content: CardContent) -> Iterator[str]:
     yield (
         f"By construction, a token outside window and sinks takes "
         f"{number(config.code_bytes_per_token)} bytes of codes for its "
-        f"{config.channels_per_token} channels in {len(config.layers)} layers. The codebooks "
-        f"themselves take {content.codebook_bytes} bytes, once."
+        f"{config.geometry.channels_per_token} channels in {len(config.geometry.layers)} layers. "
+        f"The codebooks themselves take {content.codebook_bytes} bytes, once."
     )
 
 

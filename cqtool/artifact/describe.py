@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from cqtool.artifact.codebook_file import check_codebooks
-from cqtool.artifact.layout import CONFIG_NAME, CQConfig, LayerShape, read_config
 from cqtool.artifact.measured import QualityReport, read_quality
 from cqtool.errors import ArtifactError
+from cqtool.layout.codebook_file import check_codebooks
+from cqtool.layout.config import CONFIG_NAME, CQConfig, read_config
 from cqtool.manifest import MANIFEST_NAME, artifact_files, verify_folder
 
 STORE_META = "meta.json"
@@ -76,20 +76,24 @@ def _describe_codebooks(folder: Path) -> dict[str, Any]:
 
 
 def _geometry(config: CQConfig) -> dict[str, Any]:
-    kinds: Counter[LayerShape] = Counter(config.layers)
+    geometry = config.geometry
+    kinds = Counter(
+        (layer.kv_heads, layer.key_dim, layer.value_dim, layer.sliding_window)
+        for layer in geometry.layers
+    )
     return {
-        "query_heads": config.query_heads,
-        "channels_per_token": config.channels_per_token,
-        "layers": len(config.layers),
+        "query_heads": geometry.query_heads,
+        "channels_per_token": geometry.channels_per_token,
+        "layers": len(geometry.layers),
         "shapes": [
             {
                 "layers": count,
-                "kv_heads": shape.kv_heads,
-                "key_dim": shape.key_dim,
-                "value_dim": shape.value_dim,
-                "sliding_window": shape.sliding_window,
+                "kv_heads": kv_heads,
+                "key_dim": key_dim,
+                "value_dim": value_dim,
+                "sliding_window": sliding_window,
             }
-            for shape, count in kinds.items()
+            for (kv_heads, key_dim, value_dim, sliding_window), count in kinds.items()
         ],
     }
 

@@ -11,8 +11,12 @@ from pathlib import Path
 
 from cqtool.artifact.card import render_card
 from cqtool.artifact.card_content import CardContent
-from cqtool.artifact.codebook_file import check_codebooks
-from cqtool.artifact.layout import (
+from cqtool.artifact.measured import read_quality
+from cqtool.artifact.names import check_repo_id
+from cqtool.errors import ArtifactError
+from cqtool.files import atomic_dir
+from cqtool.layout.codebook_file import check_codebooks
+from cqtool.layout.config import (
     CALIBRATION_NAME,
     CODEBOOKS_NAME,
     CONFIG_NAME,
@@ -22,10 +26,6 @@ from cqtool.artifact.layout import (
     CQConfig,
     read_config,
 )
-from cqtool.artifact.measured import read_quality
-from cqtool.artifact.names import check_repo_id
-from cqtool.errors import ArtifactError
-from cqtool.files import atomic_dir
 from cqtool.manifest import (
     MANIFEST_NAME,
     artifact_files,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cqtool.artifact.fields import Fields
-from cqtool.artifact.layout import MAX_JSON_BYTES, QUALITY_NAME, REPORTS_NAME
 from cqtool.errors import ArtifactError
+from cqtool.layout.config import MAX_JSON_BYTES, QUALITY_NAME, REPORTS_NAME
+from cqtool.layout.fields import Fields
 from cqtool.strictjson import read_object
 
 FORMAT_VERSION = 1

@@ -7,8 +7,8 @@ import re
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from cqtool.artifact.layout import CQConfig
 from cqtool.errors import RecipeError
+from cqtool.layout.config import CQConfig
 
 _DATA_FILE = re.compile(r"\.(txt|jsonl|json|parquet|gguf)$", re.IGNORECASE)
 _MAX_NAME = 96

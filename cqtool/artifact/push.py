@@ -16,9 +16,9 @@ from huggingface_hub import (
 from cqtool import __version__
 from cqtool.artifact.export import CARD_NAME
 from cqtool.artifact.hub_errors import LOGIN, explain_hub_errors
-from cqtool.artifact.layout import CONFIG_NAME, CQConfig, read_config
 from cqtool.artifact.names import check_repo_id, default_repo_name
 from cqtool.errors import ArtifactError, HubError
+from cqtool.layout.config import CONFIG_NAME, CQConfig, read_config
 from cqtool.manifest import (
     MANIFEST_NAME,
     is_hub_metadata,

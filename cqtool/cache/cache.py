@@ -103,14 +103,14 @@ class CQCache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens; the codebooks stay."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self._sinks.clear()
         for history in self._rotary.values():
             history.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows (beam search)."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._map_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -44,7 +44,7 @@ class CQCodec:
     before_rope = True
 
     def __init__(self, codebook: Tensor) -> None:
-        heads, self.groups, centroids, channels = codebook.shape
+        _, self.groups, centroids, channels = codebook.shape
         self.bits = centroids.bit_length() - 1
         self.codebook = codebook
         self.bits_per_channel = 8 * code_bytes(self.groups, self.bits) / (self.groups * channels)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cqtool.cache.codec import TokenCodec
-from cqtool.models.geometry import ModelGeometry
+from cqtool.geometry import ModelGeometry
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from cqtool.cache.codec import Stored, TokenCodec
 from cqtool.cache.format import LayerCodecs
 from cqtool.cache.rotary import RotaryHistory
 from cqtool.cache.sinks import SinkColumns
-from cqtool.models.geometry import LayerGeometry
-from cqtool.models.rotation import NO_ROTATION, rotate, unrotate
+from cqtool.geometry import NO_ROTATION, LayerGeometry
+from cqtool.models.rotation import rotate, unrotate
 from cqtool.models.tap import AttentionTap
 
 
-class CQLayer(DynamicLayer):
+class CQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A cache layer that quantizes what leaves the window.
 
     A pass over several tokens (a prompt, a further turn) attends to its own tokens as they are;
@@ -51,7 +51,7 @@ class CQLayer(DynamicLayer):
         rotary: RotaryHistory | None,
         tap: AttentionTap,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index = index
         self.codecs = codecs
         self.window = window

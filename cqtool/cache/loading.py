@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from cqtool.cache.codec import CQCodec
 from cqtool.cache.format import CacheFormat, LayerCodecs
-from cqtool.errors import ArtifactError, CqtoolError, HubError
+from cqtool.errors import ArtifactError, HubError
+from cqtool.layout.codebook_file import check_codebooks
+from cqtool.layout.config import CODEBOOKS_NAME, CQConfig, codebook_name, read_config
 from cqtool.manifest import MANIFEST_NAME, verify_folder
 from cqtool.models.fingerprint import compare_fingerprints, fingerprint
-from cqtool.models.geometry import ModelGeometry, read_geometry
-from cqtool.spec import KINDS, CacheSpec, Kind
-
-FORMAT_VERSION = 1
-CONFIG_NAME = "cq_config.json"
-CODEBOOKS_NAME = "codebooks.safetensors"
-
-
-@dataclass(frozen=True)
-class LoadedConfig:
-    """The part of cq_config.json that the runtime acts on."""
-
-    base_model: str
-    fingerprint: dict[str, Any]
-    spec: CacheSpec
-    geometry: ModelGeometry
-
-
-def codebook_name(layer: int, kind: Kind) -> str:
-    """Name of a codebook tensor in codebooks.safetensors."""
-    return f"layers.{layer}.{kind}.codebook"
+from cqtool.models.probe import read_geometry
+from cqtool.spec import KINDS
 
 
 def load_format(
@@ -49,24 +28,24 @@ def load_format(
 ) -> CacheFormat:
     """Load codebooks and bind them to `model`; see :meth:`CQCache.from_pretrained`."""
     folder = resolve(path, revision)
-    config = load_config(folder)
-    difference = compare_fingerprints(config.fingerprint, fingerprint(model))
+    config = read_config(folder)
+    difference = compare_fingerprints(dict(config.base_model.fingerprint), fingerprint(model))
     if difference is not None and not allow_other_base:
         raise ArtifactError(
-            f"{path} was made for {config.base_model}, not for this model ({difference}); load "
+            f"{path} was made for {config.base_model.id}, not for this model ({difference}); load "
             "that base model, or pass allow_other_base=True for a fine-tune of it."
         )
     if read_geometry(model) != config.geometry:
         raise ArtifactError(
-            f"{path} was made for {config.base_model}, whose cache has other shapes than this "
+            f"{path} was made for {config.base_model.id}, whose cache has other shapes than this "
             "model's; load that base model."
         )
     return CacheFormat(
-        name=config.spec.name,
+        name=config.cache.name,
         geometry=config.geometry,
-        layers=load_codecs(folder / CODEBOOKS_NAME, config),
-        window=config.spec.window,
-        sinks=config.spec.sinks,
+        layers=_load_codecs(folder, config),
+        window=config.cache.window,
+        sinks=config.cache.sinks,
     )
 
 
@@ -109,73 +88,10 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from error
 
 
-def load_config(folder: Path) -> LoadedConfig:
-    """Read cq_config.json.
-
-    Raises:
-        ArtifactError: missing, damaged, or of a version this cqtool does not know.
-    """
-    file = folder / CONFIG_NAME
-    if not file.is_file():
-        raise ArtifactError(
-            f"{folder} holds no {CONFIG_NAME}; give a folder that `cqtool calibrate` or "
-            "`cqtool export` wrote."
-        )
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        version = value["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{file} is damaged; download or export it again.") from error
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{file} has format version {version}, this cqtool reads {FORMAT_VERSION}; upgrade "
-            "cqtool."
-        )
-    try:
-        return LoadedConfig(
-            base_model=str(value["base_model"]["id"]),
-            fingerprint=dict(value["base_model"]["fingerprint"]),
-            spec=CacheSpec.from_json(value["cache"]),
-            geometry=ModelGeometry.from_json(value["geometry"]),
-        )
-    except (KeyError, TypeError, ValueError, CqtoolError) as error:
-        raise ArtifactError(
-            f"{file} lacks a field or has a wrong one ({error}); download or export it again."
-        ) from error
-
-
-def load_codecs(file: Path, config: LoadedConfig) -> tuple[LayerCodecs, ...]:
-    """Read the codebooks; every shape is checked in the header before its data is read.
-
-    Raises:
-        ArtifactError: the file is missing, damaged, or does not fit the configuration.
-    """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = set(opened.keys())
-
-            def read(layer: int, kind: Kind) -> Tensor:
-                name, code = codebook_name(layer, kind), config.spec.code(kind)
-                geometry = config.geometry.layers[layer]
-                groups = geometry.dim(kind) // code.channels
-                expected = [geometry.kv_heads, groups, code.centroids, code.channels]
-                if name not in names or opened.get_slice(name).get_shape() != expected:
-                    raise ArtifactError(
-                        f"{file} has no codebook {name} of shape {expected}; download or export "
-                        "it again."
-                    )
-                tensor = opened.get_tensor(name)
-                if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
-                    raise ArtifactError(
-                        f"{file}: {name} is not made of finite numbers; download or export it "
-                        "again."
-                    )
-                assert isinstance(tensor, Tensor)
-                return tensor
-
-            return tuple(
-                LayerCodecs(*(CQCodec(read(layer, kind)) for kind in KINDS))
-                for layer in range(len(config.geometry.layers))
-            )
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{file} is damaged ({error}); download or export it again.") from error
+def _load_codecs(folder: Path, config: CQConfig) -> tuple[LayerCodecs, ...]:
+    check_codebooks(folder, config)
+    tensors = load_file(folder / CODEBOOKS_NAME)
+    return tuple(
+        LayerCodecs(*(CQCodec(tensors[codebook_name(layer, kind)]) for kind in KINDS))
+        for layer in range(len(config.geometry.layers))
+    )

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from cqtool.cli import options
 from cqtool.cli.output import Output, write_stderr
-from cqtool.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from cqtool.recipe import Recipe
 
 EXAMPLES = (
     "cqtool check demo calibration --compare cq-4c8b,int4 --max-ppl-increase 3% --max-kl 0.05",
@@ -108,7 +103,7 @@ def check(
     option says comes from the recipe of the calibration. Exit code 3 when a gate is missed.
     """
     sink = Output(json=json, quiet=quiet)
-    from cqtool.recipe import text_overrides
+    from cqtool.recipe import recipe_of, text_overrides
 
     overrides = text_overrides("evaluation", dataset, dataset_config, split, text_column) | {
         "evaluation.windows": windows,
@@ -117,7 +112,7 @@ def check(
         "gates.max_kl": max_kl,
         "gates.min_top1": min_top1,
     }
-    recipe = _recipe_of(calibration, {key: v for key, v in overrides.items() if v is not None})
+    recipe = recipe_of(calibration, {key: v for key, v in overrides.items() if v is not None})
 
     from cqtool import quality
     from cqtool.models.load import open_model
@@ -128,6 +123,7 @@ def check(
         config=text.config,
         split=text.split,
         column=text.column,
+        text_revision=text.revision,
         windows=text.windows,
         window_length=text.window_length,
         compare=tuple(name for item in compare or () for name in item.split(",") if name),
@@ -159,10 +155,16 @@ def check(
 
 
 def _refresh_reports(calibration: Path, report: dict[str, Any]) -> dict[str, str]:
-    """Draw the plot and write the HTML report anew; where the reports are."""
+    """Draw the plot and write the HTML report anew; where the reports are.
+
+    An artifact is sealed by its manifest: nothing is written into it.
+    """
+    from cqtool.manifest import MANIFEST_NAME
     from cqtool.report.html import write_report
     from cqtool.report.plots import plot_quality
 
+    if (calibration / MANIFEST_NAME).exists():
+        return {}
     reports = calibration / "reports"
     plot_quality(report, reports / "quality.png")
     written = write_report(calibration)
@@ -215,19 +217,3 @@ def _print_gates(sink: Output, gates: list[dict[str, Any]]) -> bool:
         else:
             write_stderr(line, label="gate missed", style="bold red")
     return all(gate["passed"] for gate in gates)
-
-
-def _recipe_of(calibration: Path, overrides: dict[str, Any]) -> Recipe:
-    """The recipe that a calibration was made with, `overrides` applied."""
-    from cqtool.recipe import recipe_from
-
-    path = calibration / "cq_config.json"
-    try:
-        recipe = jsonlib.loads(path.read_text(encoding="utf-8"))["recipe"]
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{calibration} is no calibration folder; make one with `cqtool calibrate`."
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged; run `cqtool calibrate` again.") from error
-    return recipe_from(recipe, overrides, origin=str(path))

@@ -160,7 +160,9 @@ def _stored(samples: Path | None, model: str, given: dict[str, Any]) -> SampleSt
     from cqtool.sampling import SampleStore
 
     store = SampleStore.open(samples)
-    if not _same_model(str(store.meta["model"]), model):
+    from cqtool.models.load import base_id
+
+    if store.meta["model"] != base_id(model):
         raise SampleError(
             f"The samples in {samples} were taken from {store.meta['model']}, not {model}; name "
             "that model, or another folder with --samples."
@@ -172,12 +174,6 @@ def _stored(samples: Path | None, model: str, given: dict[str, Any]) -> SampleSt
             "it out, or name a new folder with --samples."
         )
     return store
-
-
-def _same_model(first: str, second: str) -> bool:
-    if Path(first).is_dir() and Path(second).is_dir():
-        return Path(first).resolve() == Path(second).resolve()
-    return first == second
 
 
 def _sample_and_keep(
@@ -194,8 +190,8 @@ def _sample(
     path: Path, model: str, given: dict[str, Any], place: dict[str, Any], sink: Output
 ) -> SampleStore:
     from cqtool.data import load_windows, resolve_source
-    from cqtool.models.geometry import read_geometry
     from cqtool.models.load import open_model
+    from cqtool.models.probe import read_geometry
     from cqtool.recipe import CalibrationText
     from cqtool.sampling import collect
 

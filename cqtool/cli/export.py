@@ -71,8 +71,8 @@ def export(
     from cqtool.artifact.export import export as export_artifact
 
     if push_to_hub:
-        from cqtool.artifact.layout import read_config
         from cqtool.artifact.push import push, resolve_repo_id
+        from cqtool.layout.config import read_config
 
         # Before the export, because the model card names the repository.
         repo_id = resolve_repo_id(repo_id, read_config(calibration))

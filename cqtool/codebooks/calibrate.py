@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cqtool import __version__
-from cqtool.cache.loading import CODEBOOKS_NAME, CONFIG_NAME, FORMAT_VERSION, codebook_name
 from cqtool.codebooks.engines import FaissEngine
 from cqtool.codebooks.fit import (
     LayerFit,
@@ -38,15 +37,22 @@ from cqtool.data import load_windows, resolve_source
 from cqtool.data.windows import TokenWindows
 from cqtool.errors import ArtifactError
 from cqtool.files import atomic_dir, atomic_file, digest_json, write_json
+from cqtool.geometry import ModelGeometry
+from cqtool.layout.config import (
+    CALIBRATION_NAME,
+    CODEBOOKS_NAME,
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    codebook_name,
+)
 from cqtool.models.fingerprint import fingerprint
-from cqtool.models.geometry import ModelGeometry, read_geometry
 from cqtool.models.load import OpenedModel
+from cqtool.models.probe import read_geometry
 from cqtool.progress import SILENT, Progress
 from cqtool.recipe import Recipe
 from cqtool.sampling import SampleStore, collect
 from cqtool.spec import KINDS, CacheSpec, Kind
 
-CALIBRATION_NAME = "calibration.json"
 SAMPLES_NAME = "samples"
 _FITS_NAME = "fits"
 
@@ -182,7 +188,7 @@ def fit_codebooks(
                     store, layer, spec, recipe.objective, engine, recipe.calibration.seed, task
                 )
                 with atomic_file(files[layer]) as temporary:
-                    errors = {kind: repr(error) for kind, error in fit.errors.items()}
+                    errors = {str(kind): repr(error) for kind, error in fit.errors.items()}
                     save_file({str(k): v for k, v in fit.codebooks.items()}, temporary, errors)
             fits.append(fit)
     return fits

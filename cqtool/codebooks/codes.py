@@ -14,6 +14,11 @@ def code_bytes(groups: int, bits: int) -> int:
     return (groups * bits + 7) // 8
 
 
+def split_groups(tensor: Tensor, size: int) -> Tensor:
+    """View the last dimension as groups: ``[..., groups * size]`` to ``[..., groups, size]``."""
+    return tensor.reshape(*tensor.shape[:-1], tensor.shape[-1] // size, size)
+
+
 def assign(vectors: Tensor, codebook: Tensor) -> Tensor:
     """The nearest centroid of each group, in squared Euclidean distance; ties go to the lower one.
 
@@ -73,7 +78,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(bits, device=codes.device)
     stream = ((codes.long().unsqueeze(-1) >> shifts) & 1).flatten(-2)
     padding = 8 * code_bytes(groups, bits) - groups * bits
-    stream = torch.nn.functional.pad(stream, (0, padding)).unflatten(-1, (-1, 8))
+    stream = split_groups(torch.nn.functional.pad(stream, (0, padding)), 8)
     weights = 1 << torch.arange(8, device=codes.device)
     return (stream * weights).sum(dim=-1).to(torch.uint8)
 
@@ -84,5 +89,5 @@ def unpack(packed: Tensor, bits: int, groups: int) -> Tensor:
         return packed.long()
     shifts = torch.arange(8, device=packed.device)
     stream = ((packed.long().unsqueeze(-1) >> shifts) & 1).flatten(-2)
-    stream = stream[..., : groups * bits].unflatten(-1, (groups, bits))
+    stream = split_groups(stream[..., : groups * bits], bits)
     return (stream << torch.arange(bits, device=packed.device)).sum(dim=-1)

@@ -133,4 +133,5 @@ def _usable(weights: Floats) -> Floats:
     mean = weights.mean(dtype=np.float64)
     if not mean > 0:
         return np.ones_like(weights)
-    return np.maximum(weights / mean, 1e-6).astype(np.float32)
+    lifted: Floats = np.maximum(weights / mean, 1e-6).astype(np.float32)
+    return lifted

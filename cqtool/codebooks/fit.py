@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cqtool.codebooks.codes import split_groups
 from cqtool.codebooks.engines import FaissEngine, Fit
 from cqtool.errors import RecipeError, SampleError
-from cqtool.models.geometry import LayerGeometry, ModelGeometry
+from cqtool.geometry import LayerGeometry, ModelGeometry
 from cqtool.progress import Task
 from cqtool.sampling.store import SampleStore
 from cqtool.spec import KINDS, CacheSpec, Kind
@@ -95,7 +96,7 @@ def fisher_weights(gradients: Tensor, channels: int) -> Tensor:
     Returns:
         float32 ``[tokens, kv_heads, groups]``.
     """
-    return gradients.square().unflatten(-1, (-1, channels)).sum(dim=-1)
+    return split_groups(gradients.square(), channels).sum(dim=-1)
 
 
 def fit_layer(
@@ -123,7 +124,7 @@ def fit_layer(
     for kind in KINDS:
         code = spec.code(kind)
         samples = store.load(layer, kind)
-        groups = samples.unflatten(-1, (-1, code.channels))
+        groups = split_groups(samples, code.channels)
         weights = None
         if objective == "fisher":
             weights = fisher_weights(store.load_gradients(layer, kind), code.channels)

@@ -35,7 +35,7 @@ class OpenedModel:
         model: in evaluation mode, without gradients on its parameters.
         tokenizer: the model's own; None only when it was not required and is not there.
         name: what the user called the model.
-        base_id: what the model is called elsewhere; differs from `name` for ``demo`` only.
+        base_id: see :func:`base_id`.
         revision: the commit it was loaded from, if known.
         license: as stated in its model card, if known.
     """
@@ -152,12 +152,23 @@ def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return found
 
 
+def base_id(name: str) -> str:
+    """What the model a user calls `name` is called in files that leave this machine.
+
+    ``demo`` goes by its Hub id, and a local folder by its own name alone: ``./folder``.
+    """
+    if name == "demo":
+        return DEMO_ID
+    path = Path(name).expanduser()
+    return f"./{path.resolve().name}" if path.is_dir() else name
+
+
 def _locate(name: str, revision: str | None, progress: Progress) -> tuple[str, str]:
     """What to hand to ``from_pretrained``, and what the model is called elsewhere."""
     if name == "demo":
         if revision is not None:
             raise ModelError("The embedded demo model has one version only; leave out --revision.")
-        return str(demo_folder(progress)), DEMO_ID
+        return str(demo_folder(progress)), base_id(name)
     path = Path(name).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -167,7 +178,7 @@ def _locate(name: str, revision: str | None, progress: Progress) -> tuple[str, s
                 f"The folder {name} has no config.json, so it is not a transformers model; give a "
                 "folder written by save_pretrained."
             )
-        return str(path), name
+        return str(path), base_id(name)
     if path.is_file():
         raise ModelError(f"{name} is a file; give the folder that holds the model's config.json.")
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:

@@ -8,35 +8,10 @@ both directions below work from those alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Style = Literal["none", "half", "interleaved"]
-
-
-@dataclass(frozen=True)
-class KeyRotation:
-    """How one layer turns its keys.
-
-    Attributes:
-        style: ``half`` pairs channel p with p + dim/2 (Llama), ``interleaved`` pairs 2p with 2p + 1
-            (GPT-J, Cohere), ``none`` leaves keys as they are.
-        dim: how many channels of a head are turned (partial rotary when less than head_dim).
-        offset: the first of them.
-        source: which of the model's RoPE tables the layer uses (Gemma-3 has two), None with
-            ``none``.
-    """
-
-    style: Style
-    dim: int = 0
-    offset: int = 0
-    source: int | None = None
-
-
-NO_ROTATION = KeyRotation("none")
+from cqtool.geometry import KeyRotation
 
 
 def pair_angles(cos: Tensor, sin: Tensor, pairs: int | None = None) -> tuple[Tensor, Tensor]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from cqtool.cache import CacheFormat, CQCodec, LayerCodecs
-from cqtool.cache.loading import CONFIG_NAME, load_format
+from cqtool.cache.loading import load_format
 from cqtool.codebooks.calibrate import fit_codebooks, library_versions
 from cqtool.codebooks.engines import FaissEngine
 from cqtool.codebooks.fit import check_enough_samples, check_fits_geometry
-from cqtool.data import load_windows, resolve_source
+from cqtool.data import load_windows, overlap, resolve_source
 from cqtool.errors import ArtifactError, RecipeError
 from cqtool.files import write_json
+from cqtool.layout.config import QUALITY_NAME, REPORTS_NAME, read_config
+from cqtool.manifest import MANIFEST_NAME
 from cqtool.models.fingerprint import compare_fingerprints, fingerprint
 from cqtool.models.load import OpenedModel
 from cqtool.progress import SILENT, Progress
@@ -30,11 +30,10 @@ from cqtool.quality.measure import (
 )
 from cqtool.quality.report import Gates, QualityReport, Row, judge, summarise
 from cqtool.quality.simulate import require_simulation
-from cqtool.recipe import Recipe, recipe_from
+from cqtool.recipe import Recipe, recipe_from, recipe_of
 from cqtool.sampling import SampleStore
 from cqtool.schemes import make_format
 
-REPORT_NAME = "quality.json"
 _SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -47,6 +46,7 @@ class CheckSettings:
         config: data set configuration.
         split: data set split; None is the held-out one.
         column: text column.
+        text_revision: revision of a Hub data set.
         windows: how many windows.
         window_length: tokens in each.
         compare: further formats: ``int4``, ``cq-4c8b``, ``cq-8c8b:uniform``, a calibration folder.
@@ -61,11 +61,12 @@ class CheckSettings:
     config: str | None = None
     split: str | None = None
     column: str = "text"
+    text_revision: str | None = None
     windows: int = 16
     window_length: int = 2048
     compare: tuple[str, ...] = ()
     mode: Mode = "teacher"
-    gates: Gates = Gates()
+    gates: Gates = field(default_factory=Gates)
     samples: Path | None = None
     window: int | None = None
     sinks: int | None = None
@@ -84,7 +85,7 @@ def check(
     settings: CheckSettings,
     progress: Progress = SILENT,
 ) -> QualityReport:
-    """Measure `calibration` and write reports/quality.json into it.
+    """Measure `calibration`, and write reports/quality.json into it unless it is an artifact.
 
     Raises:
         ArtifactError: the calibration is damaged or of another model.
@@ -102,6 +103,7 @@ def check(
         role="evaluation",
         config=settings.config,
         column=settings.column,
+        revision=settings.text_revision,
     )
     windows = load_windows(
         source,
@@ -110,6 +112,9 @@ def check(
         length=settings.window_length,
         order="sequential",
     )
+    warning = overlap(read_config(calibration).calibration.dataset, windows.source)
+    if warning is not None:
+        progress.note(warning)
     if settings.mode == "teacher":
         require_simulation(model, candidates[0].format, windows.ids[0])
     full = WindowFigures()
@@ -142,7 +147,9 @@ def check(
         rows=tuple(rows),
         gates=judge(rows[1], settings.gates),
     )
-    write_json(calibration / "reports" / REPORT_NAME, report.to_json())
+    # An artifact is sealed by its manifest: writing into it would break it.
+    if not (calibration / MANIFEST_NAME).exists():
+        write_json(calibration / REPORTS_NAME / QUALITY_NAME, report.to_json())
     return report
 
 
@@ -152,14 +159,14 @@ def _candidates(
     checked = load_format(calibration, opened.model)
     window = checked.window if settings.window is None else settings.window
     sinks = checked.sinks if settings.sinks is None else settings.sinks
-    recipe = _recipe(calibration)
+    recipe = recipe_of(calibration)
     found = [_Candidate(f"{checked.name} {recipe.objective}", recipe.objective, checked)]
     for name in settings.compare:
         if name.startswith("cq-") and not Path(name).is_dir():
             found.append(_fitted(opened, calibration, settings, recipe, checked, name, progress))
         elif Path(name).is_dir():
             other = load_format(name, opened.model)
-            objective = _recipe(Path(name)).objective
+            objective = recipe_of(Path(name)).objective
             label = f"{other.name} {objective} ({Path(name).name})"
             found.append(_Candidate(label, objective, other))
         else:
@@ -181,7 +188,7 @@ def _fitted(
     name: str,
     progress: Progress,
 ) -> _Candidate:
-    """Fit a coupled format to the calibration's samples; the fits stay beside them for next time."""
+    """Fit a coupled format to the calibration's samples; the fits stay there for next time."""
     code, _, objective = name.partition(":")
     objective = objective or recipe.objective
     if objective not in ("uniform", "fisher"):
@@ -207,14 +214,6 @@ def _fitted(
     )
     format = CacheFormat(other.spec.name, checked.geometry, layers, 0, 0)
     return _Candidate(f"{other.spec.name} {objective}", objective, format)
-
-
-def _recipe(folder: Path) -> Recipe:
-    try:
-        value: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        return recipe_from(value["recipe"], {}, origin=str(folder / CONFIG_NAME))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder / CONFIG_NAME} is damaged; calibrate again.") from error
 
 
 def _full_row(opened: OpenedModel, format: CacheFormat, full: WindowFigures, ids: Tensor) -> Row:

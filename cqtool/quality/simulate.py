@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from cqtool.cache.codec import TokenCodec
 from cqtool.cache.format import CacheFormat
 from cqtool.errors import ModelError
-from cqtool.models.rotation import NO_ROTATION, KeyRotation, rotate, unrotate
+from cqtool.geometry import NO_ROTATION, KeyRotation
+from cqtool.models.rotation import rotate, unrotate
 from cqtool.models.tap import AttentionTap, ObservingCache
 
 _GUARD_TOKENS = 64

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cqtool import __version__
-from cqtool.artifact.layout import (
+from cqtool.artifact.measured import QualityReport, QualityRow, read_quality
+from cqtool.errors import ArtifactError
+from cqtool.files import write_text
+from cqtool.layout.config import (
     CALIBRATION_NAME,
     CONFIG_NAME,
     MAX_JSON_BYTES,
@@ -15,9 +18,6 @@ from cqtool.artifact.layout import (
     CQConfig,
     read_config,
 )
-from cqtool.artifact.measured import QualityReport, QualityRow, read_quality
-from cqtool.errors import ArtifactError
-from cqtool.files import write_text
 from cqtool.report.markup import Markup, element, facts, figure, page, table, tiles, verdict
 from cqtool.strictjson import read_object
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from cqtool.data.windows import TokenWindows
 from cqtool.errors import EnvironmentProblem
+from cqtool.geometry import KeyRotation, ModelGeometry
 from cqtool.models.fingerprint import fingerprint
-from cqtool.models.geometry import ModelGeometry
 from cqtool.models.load import OpenedModel
-from cqtool.models.rotation import KeyRotation, unrotate, unrotate_gradient
+from cqtool.models.rotation import unrotate, unrotate_gradient
 from cqtool.models.tap import AttentionTap, ObservingCache, RopeStep
 from cqtool.progress import SILENT, Progress
 from cqtool.sampling.store import SampleStore
@@ -107,7 +107,8 @@ class _Pass:
                 output = self.model(input_ids=batch, past_key_values=cache, use_cache=True)
                 logits = output.logits[0, :-1].float()
                 # The sum, not the mean: half-precision gradients would underflow.
-                nn.functional.cross_entropy(logits, batch[0, 1:], reduction="sum").backward()
+                loss = nn.functional.cross_entropy(logits, batch[0, 1:], reduction="sum")
+                torch.autograd.backward(loss)
         except torch.cuda.OutOfMemoryError as error:
             raise EnvironmentProblem(
                 "The GPU ran out of memory while sampling; use a shorter --sequence-length, "
@@ -131,8 +132,8 @@ class _Pass:
         def on_value(gradient: Tensor) -> None:
             self._arrive(layer, "value", gradient.float())
 
-        keys.register_hook(on_key)
-        values.register_hook(on_value)
+        keys.register_hook(on_key)  # type: ignore[no-untyped-call]
+        values.register_hook(on_value)  # type: ignore[no-untyped-call]
 
     def _arrive(self, layer: int, kind: Kind, gradient: Tensor) -> None:
         arrived = self.arrived.setdefault(layer, {})

@@ -9,7 +9,7 @@ import torch
 from cqtool.cache.codec import TokenCodec
 from cqtool.cache.format import CacheFormat, LayerCodecs
 from cqtool.errors import RecipeError
-from cqtool.models.geometry import ModelGeometry
+from cqtool.geometry import ModelGeometry
 from cqtool.schemes.scalar import HalfCodec, IntCodec, NF4Codec
 
 SCHEMES: dict[str, Callable[[int], TokenCodec]] = {

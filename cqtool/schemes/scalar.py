@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cqtool.cache.codec import Stored
-from cqtool.codebooks.codes import pack, unpack
+from cqtool.codebooks.codes import pack, split_groups, unpack
 
 GROUP = 32
 """Channels of a token that share a scale, as in KIVI's values and most INT caches."""
@@ -84,7 +84,7 @@ class IntCodec:
 
     def encode(self, vectors: Tensor) -> Stored:
         """See :meth:`cqtool.cache.codec.TokenCodec.encode`."""
-        groups = vectors.float().unflatten(-1, (-1, self.group))
+        groups = split_groups(vectors.float(), self.group)
         low = groups.amin(dim=-1).half()
         levels = (1 << self.bits) - 1
         step = ((groups.amax(dim=-1) - low.float()) / levels).half()
@@ -96,7 +96,7 @@ class IntCodec:
 
     def decode(self, stored: Stored) -> Tensor:
         """See :meth:`cqtool.cache.codec.TokenCodec.decode`."""
-        codes = unpack(stored["codes"], self.bits, self.dim).unflatten(-1, (-1, self.group))
+        codes = split_groups(unpack(stored["codes"], self.bits, self.dim), self.group)
         step, low = stored["step"].float().unsqueeze(-1), stored["low"].float().unsqueeze(-1)
         return (codes * step + low).flatten(-2)
 
@@ -123,7 +123,7 @@ class NF4Codec:
 
     def encode(self, vectors: Tensor) -> Stored:
         """See :meth:`cqtool.cache.codec.TokenCodec.encode`."""
-        groups = vectors.float().unflatten(-1, (-1, self.group))
+        groups = split_groups(vectors.float(), self.group)
         scale = groups.abs().amax(dim=-1).half()
         safe = torch.where(scale == 0, 1.0, scale.float())
         # The nearest level is the number of midpoints below a value.
@@ -133,7 +133,7 @@ class NF4Codec:
 
     def decode(self, stored: Stored) -> Tensor:
         """See :meth:`cqtool.cache.codec.TokenCodec.decode`."""
-        codes = unpack(stored["codes"], 4, self.dim).unflatten(-1, (-1, self.group))
+        codes = split_groups(unpack(stored["codes"], 4, self.dim), self.group)
         return (self.levels[codes] * stored["scale"].float().unsqueeze(-1)).flatten(-2)
 
     def to(self, device: torch.device) -> Self:

@@ -15,9 +15,9 @@ from huggingface_hub import constants, snapshot_download
 from synthetic_artifact import edit_json
 
 from cqtool.artifact.export import export
-from cqtool.artifact.layout import read_config
 from cqtool.artifact.push import push, resolve_repo_id
 from cqtool.errors import ArtifactError, HubError, RecipeError
+from cqtool.layout.config import read_config
 from cqtool.manifest import verify_folder
 
 REPO = "org/tiny-cq"

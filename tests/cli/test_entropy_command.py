@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,30 +68,12 @@ def test_stored_samples_give_the_same_result_without_the_model_running(
 
 
 def test_samples_of_a_calibration_folder_put_the_results_into_its_reports(
-    sampled: tuple[Path, dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
+    sampled: tuple[Path, dict[str, Any]], tiny_model_dir: Path, calibration: Path
 ) -> None:
-    calibration = tmp_path / "calibration"
-    calibration.mkdir()
+    shutil.rmtree(calibration / "samples")
     (calibration / "samples").symlink_to(sampled[0] / "samples")
-    code = {"channels": 8, "bits": 8}
-    layer = {"kv_heads": 2, "key_dim": 16, "value_dim": 16, "sliding_window": None}
-    config = {
-        "format_version": 1,
-        "tool": {"name": "cqtool", "version": "0.1.0"},
-        "base_model": {"id": "tiny", "revision": None, "license": None, "fingerprint": {}},
-        "cache": {"key": code, "value": code, "window": 0, "sinks": 0},
-        "geometry": {"query_heads": 4, "layers": [layer]},
-        "objective": "uniform",
-        "recipe": {},
-        "calibration": {
-            "dataset": {},
-            "digest": "00",
-            "sequences": 3,
-            "sequence_length": 64,
-            "seed": 0,
-        },
-    }
-    (calibration / "cq_config.json").write_text(json.dumps(config))
+    for path in (calibration / "reports").iterdir():
+        path.unlink()
     for samples in (calibration, calibration / "samples"):
         result = run(tiny_model_dir, "--samples", samples, "--max-coupled", 2)
         assert result.exit_code == 0, result.output

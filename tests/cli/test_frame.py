@@ -147,7 +147,7 @@ def test_a_known_error_is_one_sentence_on_stderr(tmp_path: Path) -> None:
 def test_errors_stay_on_stderr_with_json_and_quiet(flag: str, tmp_path: Path) -> None:
     done = cqtool("check", "demo", str(tmp_path), flag)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {tmp_path} is no calibration folder")
+    assert done.stderr.startswith(f"error: {tmp_path} has no cq_config.json")
 
 
 def toy(body: Any) -> typer.Typer:

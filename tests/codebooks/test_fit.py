@@ -15,7 +15,7 @@ from cqtool.codebooks.fit import (
     fit_layer,
 )
 from cqtool.errors import RecipeError, SampleError
-from cqtool.models.geometry import read_geometry
+from cqtool.models.probe import read_geometry
 from cqtool.progress import SILENT
 from cqtool.spec import CacheSpec, CQSpec
 

@@ -47,7 +47,7 @@ def test_opened_model_computes_what_transformers_computes(tiny_model_dir: Path) 
     assert not opened.model.training
     assert not any(p.requires_grad for p in opened.model.parameters())
     assert opened.tokenizer.decode(opened.tokenizer("a text")["input_ids"]) == "a text"
-    assert (opened.name, opened.base_id) == (str(tiny_model_dir), str(tiny_model_dir))
+    assert (opened.name, opened.base_id) == (str(tiny_model_dir), "./tiny-llama")
     assert (opened.revision, opened.license) == (None, None)
 
 

@@ -83,7 +83,13 @@ def make_folder(folder: Path, model: str = "org/model") -> Path:
     reports = folder / "reports"
     reports.mkdir(parents=True)
     code = {"channels": 8, "bits": 8}
-    layer = {"kv_heads": 3, "key_dim": 64, "value_dim": 64, "sliding_window": None}
+    layer = {
+        "kv_heads": 3,
+        "key_dim": 64,
+        "value_dim": 64,
+        "sliding_window": None,
+        "rotation": {"style": "half", "dim": 64, "offset": 0, "source": 0},
+    }
     config = {
         "format_version": 1,
         "tool": {"name": "cqtool", "version": "0.1.0"},
@@ -111,7 +117,9 @@ def make_folder(folder: Path, model: str = "org/model") -> Path:
         "format_version": 1,
         "model": model,
         "evaluation": {"dataset": "demo", "windows": 8, "window_length": 1024},
+        "mode": "teacher",
         "device": "cpu",
+        "dtype": "float32",
         "versions": {},
         "rows": [row("fp32", "fp32", 0.0), row("cq-8c8b <fisher>", "cq-8c8b", 0.125)],
         "gates": [

@@ -11,8 +11,8 @@ from zoo import random_ids, tiny
 
 from cqtool.data.windows import TokenWindows
 from cqtool.errors import SampleError
-from cqtool.models.geometry import read_geometry
 from cqtool.models.load import OpenedModel
+from cqtool.models.probe import read_geometry
 from cqtool.sampling import SampleStore, collect
 
 

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from synthetic_artifact import codebooks, edit_json
 
-from cqtool.artifact.codebook_file import check_codebooks
-from cqtool.artifact.layout import read_config
 from cqtool.artifact.measured import read_quality
 from cqtool.errors import ArtifactError
+from cqtool.layout.codebook_file import check_codebooks
+from cqtool.layout.config import read_config
 
 
 def check(folder: Path) -> int:
@@ -35,7 +35,7 @@ def test_bytes_per_token_count_every_group_of_every_head(calibration: Path) -> N
     config = read_config(calibration)
     # By hand: 2 layers of 2 heads; keys 4 groups of 3 bits, values 2 groups of 4 bits.
     assert config.code_bytes_per_token == 2 * 2 * (4 * 3 + 2 * 4) / 8
-    assert config.channels_per_token == 2 * 2 * (16 + 16)
+    assert config.geometry.channels_per_token == 2 * 2 * (16 + 16)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,18 @@ def damage_swapped(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def damage_dtype(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["layers.0.key.codebook"] = tensors["layers.0.key.codebook"].bfloat16()
+    tensors["layers.0.key.codebook"] = tensors["layers.0.key.codebook"].float()
+
+
+def test_bfloat16_codebooks_are_fine_and_checked_too(calibration: Path) -> None:
+    path = calibration / "codebooks.safetensors"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    assert check(calibration) == path.stat().st_size
+    tensors["layers.1.value.codebook"].view(-1)[7] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(ArtifactError, match="NaN or infinite"):
+        check(calibration)
 
 
 def damage_shape(tensors: dict[str, torch.Tensor]) -> None:
@@ -103,7 +114,7 @@ def damage_infinity(tensors: dict[str, torch.Tensor]) -> None:
         (damage_nothing_listed, "layers.9.key"),
         (damage_missing, "layers.1.value"),
         (damage_swapped, r"layers.0.key.codebook is F16"),
-        (damage_dtype, "BF16"),
+        (damage_dtype, "is F32"),
         (damage_shape, "should be F16"),
         (damage_nan, "NaN or infinite"),
         (damage_infinity, "NaN or infinite"),

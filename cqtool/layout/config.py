@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
-from cqtool.artifact.fields import Fields
 from cqtool.errors import ArtifactError, RecipeError
-from cqtool.spec import KINDS, CacheSpec, CQSpec
+from cqtool.geometry import KeyRotation, LayerGeometry, ModelGeometry, Style
+from cqtool.layout.fields import Fields
+from cqtool.spec import KINDS, CacheSpec, CQSpec, Kind
 from cqtool.strictjson import read_object
 
 CONFIG_NAME = "cq_config.json"
@@ -47,16 +48,6 @@ class BaseModel:
 
 
 @dataclass(frozen=True)
-class LayerShape:
-    """One layer's cache: its heads, and the channels of a key and of a value head."""
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    sliding_window: int | None
-
-
-@dataclass(frozen=True)
 class CalibrationData:
     """The text that the codebooks were fitted on; `sequences` windows of `sequence_length`."""
 
@@ -74,8 +65,7 @@ class CQConfig:
     tool_version: str
     base_model: BaseModel
     cache: CacheSpec
-    query_heads: int
-    layers: tuple[LayerShape, ...]
+    geometry: ModelGeometry
     objective: str
     recipe: Mapping[str, Any]
     calibration: CalibrationData
@@ -84,32 +74,31 @@ class CQConfig:
     def codebook_shapes(self) -> dict[str, tuple[int, int, int, int]]:
         """Every tensor of the codebook file: name -> ``[kv_heads, groups, 2**bits, channels]``."""
         shapes = {}
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.geometry.layers):
             for kind in KINDS:
                 code = self.cache.code(kind)
-                dim = layer.key_dim if kind == "key" else layer.value_dim
-                shapes[f"layers.{index}.{kind}.codebook"] = (
+                shapes[codebook_name(index, kind)] = (
                     layer.kv_heads,
-                    dim // code.channels,
+                    layer.dim(kind) // code.channels,
                     code.centroids,
                     code.channels,
                 )
         return shapes
 
     @property
-    def channels_per_token(self) -> int:
-        """Numbers that one token puts into an unquantized cache."""
-        return sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
-
-    @property
     def code_bytes_per_token(self) -> float:
         """Bytes of codes that one token outside window and sinks puts into the cache."""
         bits = sum(
-            layer.kv_heads * dim * self.cache.code(kind).bits_per_channel
-            for layer in self.layers
-            for kind, dim in zip(KINDS, (layer.key_dim, layer.value_dim), strict=True)
+            layer.kv_heads * layer.dim(kind) * self.cache.code(kind).bits_per_channel
+            for layer in self.geometry.layers
+            for kind in KINDS
         )
         return bits / 8
+
+
+def codebook_name(layer: int, kind: Kind) -> str:
+    """Name of a codebook in the codebook file."""
+    return f"layers.{layer}.{kind}.codebook"
 
 
 def read_config(folder: Path) -> CQConfig:
@@ -142,15 +131,9 @@ def read_config(folder: Path) -> CQConfig:
             fingerprint=base.mapping("fingerprint"),
         ),
         cache=_cache_spec(root.child("cache")),
-        query_heads=geometry.integer("query_heads", minimum=1),
-        layers=tuple(
-            LayerShape(
-                kv_heads=layer.integer("kv_heads", minimum=1),
-                key_dim=layer.integer("key_dim", minimum=1),
-                value_dim=layer.integer("value_dim", minimum=1),
-                sliding_window=layer.optional_integer("sliding_window", minimum=1),
-            )
-            for layer in geometry.children("layers")
+        geometry=ModelGeometry(
+            query_heads=geometry.integer("query_heads", minimum=1),
+            layers=tuple(_layer_geometry(layer) for layer in geometry.children("layers")),
         ),
         objective=root.string("objective"),
         recipe=root.mapping("recipe"),
@@ -164,6 +147,26 @@ def read_config(folder: Path) -> CQConfig:
     )
     _check_groups(config, path)
     return config
+
+
+def _layer_geometry(fields: Fields) -> LayerGeometry:
+    rotation = fields.child("rotation")
+    style = rotation.choice("style", get_args(Style))
+    layer = LayerGeometry(
+        kv_heads=fields.integer("kv_heads", minimum=1),
+        key_dim=fields.integer("key_dim", minimum=1),
+        value_dim=fields.integer("value_dim", minimum=1),
+        sliding_window=fields.optional_integer("sliding_window", minimum=1),
+        rotation=KeyRotation(
+            style=cast("Style", style),
+            dim=rotation.integer("dim", minimum=0),
+            offset=rotation.integer("offset", minimum=0),
+            source=rotation.optional_integer("source", minimum=0),
+        ),
+    )
+    if layer.rotation.offset + layer.rotation.dim > layer.key_dim or layer.rotation.dim % 2:
+        raise ArtifactError(f"{rotation.name} turns channels that a key lacks. {fields.remedy}")
+    return layer
 
 
 def _cache_spec(fields: Fields) -> CacheSpec:
@@ -185,11 +188,11 @@ def _cache_spec(fields: Fields) -> CacheSpec:
 
 
 def _check_groups(config: CQConfig, path: Path) -> None:
-    for index, layer in enumerate(config.layers):
-        for kind, dim in zip(KINDS, (layer.key_dim, layer.value_dim), strict=True):
+    for index, layer in enumerate(config.geometry.layers):
+        for kind in KINDS:
             channels = config.cache.code(kind).channels
-            if dim % channels:
+            if layer.dim(kind) % channels:
                 raise ArtifactError(
-                    f"{path}: {kind} heads of layer {index} have {dim} channels, which do not "
-                    f"divide into groups of {channels}. {REMEDY}"
+                    f"{path}: {kind} heads of layer {index} have {layer.dim(kind)} channels, which "
+                    f"do not divide into groups of {channels}. {REMEDY}"
                 )

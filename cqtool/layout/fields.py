@@ -33,6 +33,13 @@ class Fields:
             raise self._error(key, "a text")
         return value
 
+    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+        """One of the texts in `allowed`."""
+        value = self._get(key)
+        if value not in allowed:
+            raise self._error(key, f"one of {', '.join(allowed)}")
+        return str(value)
+
     def optional_string(self, key: str) -> str | None:
         """A text, or None where the field is null."""
         return None if self._get(key) is None else self.string(key)

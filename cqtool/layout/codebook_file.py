@@ -9,18 +9,26 @@ from __future__ import annotations
 import math
 import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cqtool.artifact.layout import CODEBOOKS_NAME, REMEDY, CQConfig
 from cqtool.errors import ArtifactError
+from cqtool.layout.config import CODEBOOKS_NAME, REMEDY, CQConfig
 from cqtool.strictjson import parse_object
 
-DTYPE = "F16"
 _ITEM_BYTES = 2
-_EXPONENT = 0x7C00
-"""float16 numbers with all exponent bits set are infinite or NaN."""
+_EXPONENTS = {"F16": 0x7C00, "BF16": 0x7F80}
+"""The exponent bits of each dtype a codebook may have; where all are set, the number is infinite
+or NaN."""
+
+
+class _Extent(NamedTuple):
+    """Where a tensor's bytes lie after the header, and the exponent bits of its dtype."""
+
+    first: int
+    last: int
+    exponent: int
 
 
 def check_codebooks(folder: Path, config: CQConfig) -> int:
@@ -60,7 +68,7 @@ def _read_header(path: Path, size: int, config: CQConfig) -> tuple[int, dict[str
 
 def _check_header(
     path: Path, header: dict[str, Any], config: CQConfig, data_bytes: int
-) -> dict[str, tuple[int, int]]:
+) -> dict[str, _Extent]:
     """Byte ranges of the tensors, relative to the end of the header."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(type(text) is not str for text in metadata.values()):
@@ -78,16 +86,17 @@ def _check_header(
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise ArtifactError(f"{path}: {name} is not described as a tensor. {REMEDY}")
         dtype, stored, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype != DTYPE or not _are_integers(stored, 4) or tuple(stored) != shape:
+        known = isinstance(dtype, str) and dtype in _EXPONENTS
+        if not known or not _are_integers(stored, 4) or tuple(stored) != shape:
             raise ArtifactError(
-                f"{path}: {name} is {dtype!s:.20} {stored!s:.60} and should be {DTYPE} "
+                f"{path}: {name} is {dtype!s:.20} {stored!s:.60} and should be F16 or BF16 "
                 f"{list(shape)}. {REMEDY}"
             )
         if not _are_integers(offsets, 2):
             raise ArtifactError(f"{path}: {name} has no proper place in the file. {REMEDY}")
-        extents[name] = (offsets[0], offsets[1])
+        extents[name] = _Extent(offsets[0], offsets[1], _EXPONENTS[dtype])
     end = 0
-    for name, (first, last) in sorted(extents.items(), key=lambda item: item[1]):
+    for name, (first, last, _) in sorted(extents.items(), key=lambda item: item[1]):
         if first != end or last - first != math.prod(expected[name]) * _ITEM_BYTES:
             raise ArtifactError(f"{path}: {name} has no proper place in the file. {REMEDY}")
         end = last
@@ -102,10 +111,10 @@ def _are_integers(value: Any, count: int) -> bool:
     return isinstance(value, list) and [type(item) for item in value] == [int] * count
 
 
-def _check_finite(path: Path, start: int, extents: dict[str, tuple[int, int]]) -> None:
+def _check_finite(path: Path, start: int, extents: dict[str, _Extent]) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for name, (first, last) in extents.items():
+        for name, (first, last, exponent) in extents.items():
             raw = data[start + first : start + last]
             bits = np.frombuffer(raw, dtype="<u2")
-            if bool(((bits & _EXPONENT) == _EXPONENT).any()):
+            if bool(((bits & exponent) == exponent).any()):
                 raise ArtifactError(f"{path}: {name} holds NaN or infinite centroids. {REMEDY}")

@@ -8,7 +8,6 @@ position: the rotation is the one that, undone, makes the keys constant along th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,66 +16,18 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from cqtool.errors import ModelError
-from cqtool.models.rotation import NO_ROTATION, KeyRotation, unrotate
+from cqtool.geometry import NO_ROTATION, KeyRotation, LayerGeometry, ModelGeometry
+from cqtool.models.rotation import unrotate
 from cqtool.models.tap import AttentionTap, ObservingCache, RopeStep
 
 _PROBE_TOKENS = 24
 # Undone rightly, keys vary along the sequence by rounding only: measured below 1e-5 in float32 and
 # below 0.02 in bfloat16; a wrong convention leaves 0.3 and more.
 _TOLERANCE = 0.1
-# Attention with learned sinks (gpt-oss) makes hidden states drift along the probe from layer 1 on. The
-# right convention then still stands out against every other one, by this factor.
+# Attention with learned sinks (gpt-oss) makes hidden states drift along the probe from layer 1 on.
+# The right convention then still stands out against every other one, by this factor.
 _DISTINCT = 0.6
 _ROPE_FIELDS = ("rope_parameters", "rope_theta", "rotary_dim", "rope_scaling")
-
-
-@dataclass(frozen=True)
-class LayerGeometry:
-    """Shapes of one attention layer's cache.
-
-    Attributes:
-        kv_heads: key/value heads.
-        key_dim: channels of a key head.
-        value_dim: channels of a value head.
-        sliding_window: tokens the layer attends to, None for all.
-        rotation: how keys are turned between projection and cache.
-    """
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    sliding_window: int | None
-    rotation: KeyRotation
-
-    def dim(self, kind: str) -> int:
-        """Channels of a head of the keys or of the values."""
-        return self.key_dim if kind == "key" else self.value_dim
-
-
-@dataclass(frozen=True)
-class ModelGeometry:
-    """Shapes of a whole cache; `query_heads` is the number of heads that read each token."""
-
-    query_heads: int
-    layers: tuple[LayerGeometry, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; :meth:`from_json` reads it back."""
-        return {"query_heads": self.query_heads, "layers": [asdict(layer) for layer in self.layers]}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ModelGeometry:
-        """Read what :meth:`to_json` wrote."""
-        layers = tuple(
-            LayerGeometry(**{**layer, "rotation": KeyRotation(**layer["rotation"])})
-            for layer in value["layers"]
-        )
-        return cls(query_heads=value["query_heads"], layers=layers)
-
-    @property
-    def channels_per_token(self) -> int:
-        """Scalars a token puts into an unquantized cache."""
-        return sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
 
 
 def text_config(model: PreTrainedModel) -> Any:
