@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from cqtool.entropy.analyze import EntropyReport, analyze
+from cqtool.entropy.analyze import analyze
+from cqtool.entropy.report import EntropyReport
 
 __all__ = ["EntropyReport", "analyze"]

@@ -117,9 +117,9 @@ def _quality(quality: QualityReport, config: CQConfig | None, reports: Path) -> 
             f"{row.effective_bits:.2f}",
             _bytes(row.cache_bytes_per_token),
             _with_error(row.perplexity, row.perplexity_se, ".2f"),
-            _with_error(100 * row.perplexity_increase, 100 * row.perplexity_increase_se, "+.2f"),
+            _with_error(row.perplexity_increase, row.perplexity_increase_se, "+.2f", scale=100),
             _with_error(row.kl, row.kl_se, ".4f"),
-            _with_error(100 * row.top1, 100 * row.top1_se, ".2f"),
+            _with_error(row.top1, row.top1_se, ".2f", scale=100),
         )
         for row in quality.rows
     ]
@@ -251,8 +251,10 @@ def _plain(value: object) -> object:
     return value
 
 
-def _with_error(value: float, error: float, form: str) -> str:
-    return f"{value:{form}} ± {error:{form.lstrip('+')}}"
+def _with_error(value: float, error: float | None, form: str, scale: float = 1) -> str:
+    shown = f"{value * scale:{form}}"
+    # A single window has no standard error.
+    return shown if error is None else f"{shown} ± {error * scale:{form.lstrip('+')}}"
 
 
 def _bytes(count: float) -> str:

@@ -47,8 +47,15 @@ def plot_entropy(report: dict[str, Any], path: Path) -> None:
     axes[1, 0].set_ylabel("Joint entropy per channel (bits)")
     # One legend per row, over what both of its panels show.
     axes[0, 0].legend(*_all_handles(axes[0]), loc="upper left", fontsize=9)
-    axes[1, 0].legend(
-        *_all_handles(axes[1]), loc="lower left", ncols=2, fontsize=9, title="Coupled channels c"
+    # Below the panels: a curve may run anywhere in them.
+    handles, labels = _all_handles(axes[1])
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=max(1, len(labels)),
+        fontsize=9,
+        title="Coupled channels c",
     )
     figure.suptitle(
         f"Entropy of coupled channels: {report['tokens']:,} tokens, {report['layers']} "
@@ -168,9 +175,10 @@ def plot_quality(quality: dict[str, Any], path: Path) -> None:
         # The shapes have a cycle of their own, so that 70 rows differ in colour or shape.
         marker = _MARKERS[index % len(_MARKERS)]
         style = {"color": colour, "marker": marker, "linestyle": "none", "capsize": 3}
-        error = base["perplexity"] * row["perplexity_increase_se"]
+        # A single window has no standard errors.
+        error = base["perplexity"] * (row["perplexity_increase_se"] or 0.0)
         for axes, value, deviation in (
-            (divergence, row["kl"], row["kl_se"]),
+            (divergence, row["kl"], row["kl_se"] or 0.0),
             (perplexity, row["perplexity"], error),
         ):
             if axes is divergence and value <= 0:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from cqtool.entropy import EntropyReport, analyze
-from cqtool.entropy.analyze import GroupEntropy
 from cqtool.entropy.estimators import joint_entropy, marginal_entropies
+from cqtool.entropy.report import GroupEntropy
 from cqtool.errors import CqtoolError, SampleError
 
 

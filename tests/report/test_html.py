@@ -175,6 +175,17 @@ def test_every_measured_figure_is_in_the_report(tmp_path: Path) -> None:
     assert "5.5×" in page.text  # 46080 / 8352
 
 
+def test_a_single_window_shows_figures_without_errors(tmp_path: Path) -> None:
+    path = make_folder(tmp_path) / "reports" / "quality.json"
+    quality = json.loads(path.read_text())
+    for measured in quality["rows"]:
+        measured |= {name: None for name in measured if name.endswith("_se")}
+    path.write_text(json.dumps(quality))
+    _, page = read(tmp_path)
+    (cells,) = [cells for cells in page.cells if cells[0] == "cq-8c8b <fisher>"]
+    assert cells[4:] == ["22.12", "+10.50", "0.1250", "91.20"]
+
+
 def test_whatever_comes_from_a_file_is_escaped(tmp_path: Path) -> None:
     source, page = read(make_folder(tmp_path, model=HOSTILE))
     assert "script" not in page.tags

@@ -169,9 +169,13 @@ def test_labels_of_many_formats_do_not_overlap(tmp_path: Path, drawn: list[Figur
     [
         [],
         [quality_row("fp16", 16.0, 0.0, 20.0)],
+        [
+            quality_row("one window", 1.0, 0.1, 22.0)
+            | {"kl_se": None, "perplexity_increase_se": None}
+        ],
         [quality_row("cq-8c8b", 1.0, 9.0, 1e6), quality_row("nf4", 4.5, 1e-5, 19.99)],
     ],
-    ids=["only full precision", "nothing lost", "far apart"],
+    ids=["only full precision", "nothing lost", "no standard errors", "far apart"],
 )
 def test_quality_plots_of_unusual_reports(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     plots.plot_quality(quality(*rows), tmp_path / "quality.png")
