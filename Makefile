@@ -1,7 +1,7 @@
 # Everything runs in .venv, made on first use. All paths are relative, so the folder may have any name.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# More options for pip, for example: make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# More options for pip, such as an index that serves the CPU build of torch: PIP_FLAGS="--extra-index-url URL"
 PIP_FLAGS ?=
 # More options for pytest, for example: make test PYTEST_FLAGS="-k recipe"
 PYTEST_FLAGS ?=
@@ -43,15 +43,21 @@ $(VENV)/.dev: $(PINS) | $(BIN)/python
 	touch $(VENV)/.demo
 
 # Safe to repeat: a stopped calibration continues, a finished one is kept and measured again.
+COMPARE := --compare cq-8c8b:uniform,cq-4c8b,int4,int2,fp16
 demo: $(VENV)/.demo
 	$(CQTOOL) calibrate demo --recipe demo --out demo/calibration --resume
 	$(CQTOOL) analyze-entropy demo --samples demo/calibration
-	$(CQTOOL) check demo demo/calibration --compare cq-8c8b:uniform,cq-4c8b,int4,int2 \
-		> demo/quality.txt
+	$(CQTOOL) check demo demo/calibration --window 0 --sinks 0 $(COMPARE) > demo/all-quantized.txt
+	$(CQTOOL) check demo demo/calibration $(COMPARE) > demo/quality.txt
 	$(CQTOOL) export demo/calibration --out demo/artifact
-	$(CQTOOL) generate demo demo/artifact --prompt "Why is the sky blue?" --max-new-tokens 64
 	$(CQTOOL) inspect demo/artifact
+	$(CQTOOL) generate demo demo/artifact --prompt - --max-new-tokens 48 --compare \
+		< docs/demo-prompt.txt
 	@echo
+	@echo "Every key and value quantized, as in the paper:"
+	@cat demo/all-quantized.txt
+	@echo
+	@echo "As released, the first and the newest tokens kept:"
 	@cat demo/quality.txt
 	@echo
 	@echo "artifact: demo/artifact"

@@ -59,7 +59,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         EnvironmentProblem: the disk is full, or `path` cannot be written.
     """
     with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
@@ -83,7 +83,9 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         EnvironmentProblem: the disk is full, or `path` cannot be written.
     """
     with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
+        if path.exists() and not path.is_dir():
+            raise _not_a_folder(path)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
             yield temporary
@@ -94,6 +96,17 @@ def atomic_dir(path: Path) -> Iterator[Path]:
                 temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise _not_a_folder(path) from error
+
+
+def _not_a_folder(path: Path) -> NotADirectoryError:
+    return NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -58,6 +58,16 @@ CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "dynamic": lambda: _llama(
         max_position_embeddings=32, rope_parameters=_rope("dynamic", factor=4.0)
     ),
+    # Another table from the 33rd token on; the two differ far more than in released models.
+    "longrope": lambda: _llama(
+        rope_parameters=_rope(
+            "longrope",
+            factor=4.0,
+            short_factor=[1 + 0.05 * i for i in range(8)],
+            long_factor=[1 + 0.7 * i for i in range(8)],
+            original_max_position_embeddings=32,
+        ),
+    ),
     "mistral": lambda: tf.MistralConfig(**_LLAMA, sliding_window=16),
     "qwen2": lambda: tf.Qwen2Config(**_LLAMA),
     "qwen3": lambda: tf.Qwen3Config(**_LLAMA, head_dim=32),

@@ -210,7 +210,8 @@ class CQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             )
         if not self.is_initialized:
             return
-        length = max(0, self.length + tokens_to_remove)
+        # The assisted decoding of transformers 5.16 gives a tensor.
+        length = max(0, self.length + int(tokens_to_remove))
         if length < self.start or (length == self.start and length > 0):
             raise RuntimeError(
                 f"crop({tokens_to_remove}) reaches back before the sliding window, whose tokens "

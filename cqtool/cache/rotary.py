@@ -29,7 +29,7 @@ class RotaryHistory:
         self._positions: Tensor | None = None
         self._observed: tuple[Tensor, Tensor] | None = None
         self._tables: list[tuple[int, Tensor, float]] = []
-        self._last: Tensor | None = None
+        self._last: tuple[Tensor, int] | None = None
         self._dtype = torch.float32
         self._memo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -91,8 +91,7 @@ class RotaryHistory:
     def _append_positions(self, step: RopeStep) -> bool:
         if step.positions is None or step.inv_freq is None:
             return False
-        # A table that has not changed is the same object; comparing values would stall a GPU.
-        if step.inv_freq is not self._last:
+        if not self._is_last(step.inv_freq):
             expected = step.recomputed()
             assert expected is not None
             limit = _TOLERANCE.get(step.cos.dtype, 1e-4) * max(1.0, step.scaling)
@@ -104,11 +103,22 @@ class RotaryHistory:
             known = self._tables[-1] if self._tables else None
             if known is None or not torch.equal(known[1], step.inv_freq):
                 self._tables.append((self.length, step.inv_freq.clone(), step.scaling))
-            self._last = step.inv_freq
+            if not step.inv_freq.is_inference():
+                self._last = step.inv_freq, step.inv_freq._version
         self._dtype = step.cos.dtype
         new = step.positions.to(torch.int32)
         self._positions = new.clone() if self._positions is None else _cat(self._positions, new)
         return True
+
+    def _is_last(self, inv_freq: Tensor) -> bool:
+        """Whether the table is that of the pass before; comparing values would stall a GPU.
+
+        When a table changes, some transformers versions register another tensor and some write into
+        the same one (LongRoPE since 5.23), which then counts up its version.
+        """
+        if self._last is None or inv_freq.is_inference():
+            return False
+        return inv_freq is self._last[0] and inv_freq._version == self._last[1]
 
     def _frequencies(self, start: int, stop: int) -> tuple[Tensor, float | Tensor]:
         if len(self._tables) == 1:

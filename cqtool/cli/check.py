@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cqtool.cli import options
 from cqtool.cli.output import Output, write_stderr
+
+if TYPE_CHECKING:
+    from cqtool import quality
 
 EXAMPLES = (
     "cqtool check demo calibration --compare cq-4c8b,int4 --max-ppl-increase 3% --max-kl 0.05",
@@ -143,35 +146,34 @@ def check(
         trust_remote_code=trust_remote_code,
         progress=sink.progress(),
     )
-    report = quality.check(opened, calibration, settings, sink.progress()).to_json()
-    files = _refresh_reports(calibration, report)
+    measured = quality.check(opened, calibration, settings, sink.progress())
+    files, report = _draw(calibration, measured), measured.to_json()
     sink.result(report | {"files": files})
     sink.table(COLUMNS, table_rows(report["rows"]))
-    sink.text()
+    checked, text = report["rows"][1], report["evaluation"]
+    sink.text(
+        f"First {checked['sinks']} and last {checked['window']} tokens in full precision; "
+        f"{text['windows']} x {text['window_length']} tokens; ± standard error over windows."
+    )
     for path in files.values():
         sink.text(path)
     if not _print_gates(sink, report["gates"]):
         raise typer.Exit(GATE_MISSED)
 
 
-def _refresh_reports(calibration: Path, report: dict[str, Any]) -> dict[str, str]:
-    """Draw the plot and write the HTML report anew; where the reports are.
-
-    An artifact is sealed by its manifest: nothing is written into it.
-    """
-    from cqtool.manifest import MANIFEST_NAME
+def _draw(calibration: Path, report: quality.QualityReport) -> dict[str, str]:
+    """Draw the plot and write the HTML report anew; where everything is."""
+    from cqtool.quality import report_path
     from cqtool.report.html import write_report
     from cqtool.report.plots import plot_quality
 
-    if (calibration / MANIFEST_NAME).exists():
+    path = report_path(calibration, report)
+    if path is None:
         return {}
-    reports = calibration / "reports"
-    plot_quality(report, reports / "quality.png")
+    plot = path.with_suffix(".png")
+    plot_quality(report.to_json(), plot)
     written = write_report(calibration)
-    return {
-        path.name: str(path)
-        for path in (reports / "quality.json", reports / "quality.png", written)
-    }
+    return {file.name: str(file) for file in (path, plot, written)}
 
 
 def table_rows(rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cqtool import __version__
-from cqtool.codebooks.engines import FaissEngine
+from cqtool.codebooks.engines import FaissEngine, make_engine
 from cqtool.codebooks.fit import (
     LayerFit,
     check_enough_samples,
@@ -103,9 +103,7 @@ def calibrate(
     check_fits_geometry(spec, geometry)
     text = recipe.calibration
     check_enough_samples(spec, text.sequences * text.sequence_length)
-    engine = FaissEngine(
-        recipe.kmeans.iterations, recipe.kmeans.init, str(opened.model.device.type)
-    )
+    engine = engine_for(recipe, opened.model.device.type, text.sequences * text.sequence_length)
     partial = partial_folder(out)
     timings: dict[str, float] = {}
     with _locked(out):
@@ -142,6 +140,12 @@ def calibrate(
     return CalibrationResult(out, timings)
 
 
+def engine_for(recipe: Recipe, device: str, samples: int) -> FaissEngine:
+    """The k-means engine for a recipe on a kind of device."""
+    centroids = max(recipe.spec.code(kind).centroids for kind in KINDS)
+    return make_engine(recipe.kmeans, device, samples=samples, centroids=centroids)
+
+
 def partial_folder(out: Path) -> Path:
     """Where the work for `out` goes on until it is complete."""
     return out.with_name(f"{out.name}.partial")
@@ -173,6 +177,7 @@ def fit_codebooks(
         "objective": recipe.objective,
         "kmeans": recipe.kmeans.model_dump(mode="json"),
         "seed": recipe.calibration.seed,
+        "engine": engine.detail,
     }
     work = work / digest_json(identity)[:16]
     counts = [count_codebooks(spec, layer) for layer in geometry.layers]
@@ -180,7 +185,7 @@ def fit_codebooks(
     found = [_read_fit(file) for file in files]
     done = sum(count for count, fit in zip(counts, found, strict=True) if fit is not None)
     fits = []
-    label = f"k-means ({spec.name} {recipe.objective})"
+    label = f"k-means ({spec.name} {recipe.objective}, {engine.detail})"
     with progress.task(label, total=sum(counts), done=done) as task:
         for layer, fit in enumerate(found):
             if fit is None:

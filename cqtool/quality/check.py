@@ -9,8 +9,7 @@ from torch import Tensor
 
 from cqtool.cache import CacheFormat, CQCodec, LayerCodecs
 from cqtool.cache.loading import load_format
-from cqtool.codebooks.calibrate import fit_codebooks, library_versions
-from cqtool.codebooks.engines import FaissEngine
+from cqtool.codebooks.calibrate import engine_for, fit_codebooks, library_versions
 from cqtool.codebooks.fit import check_enough_samples, check_fits_geometry
 from cqtool.data import load_windows, overlap, resolve_source
 from cqtool.errors import ArtifactError, RecipeError
@@ -85,7 +84,7 @@ def check(
     settings: CheckSettings,
     progress: Progress = SILENT,
 ) -> QualityReport:
-    """Measure `calibration`, and write reports/quality.json into it unless it is an artifact.
+    """Measure `calibration` and keep the figures where :func:`report_path` says.
 
     Raises:
         ArtifactError: the calibration is damaged or of another model.
@@ -147,10 +146,25 @@ def check(
         rows=tuple(rows),
         gates=judge(rows[1], settings.gates),
     )
-    # An artifact is sealed by its manifest: writing into it would break it.
-    if not (calibration / MANIFEST_NAME).exists():
-        write_json(calibration / REPORTS_NAME / QUALITY_NAME, report.to_json())
+    path = report_path(calibration, report)
+    if path is not None:
+        write_json(path, report.to_json())
     return report
+
+
+def report_path(calibration: Path, report: QualityReport) -> Path | None:
+    """Where a report belongs, None inside an artifact, which its manifest seals.
+
+    quality.json is about the calibration as it will be released; with another window or other
+    sinks the report has a name of its own.
+    """
+    if (calibration / MANIFEST_NAME).exists():
+        return None
+    own, checked = read_config(calibration).cache, report.rows[1]
+    name = QUALITY_NAME
+    if (checked.window, checked.sinks) != (own.window, own.sinks):
+        name = f"quality-window{checked.window}-sinks{checked.sinks}.json"
+    return calibration / REPORTS_NAME / name
 
 
 def _candidates(
@@ -203,9 +217,7 @@ def _fitted(
         )
     check_fits_geometry(other.spec, checked.geometry)
     check_enough_samples(other.spec, store.tokens)
-    engine = FaissEngine(
-        recipe.kmeans.iterations, recipe.kmeans.init, str(opened.model.device.type)
-    )
+    engine = engine_for(other, opened.model.device.type, store.tokens)
     fits = fit_codebooks(
         store, checked.geometry, other, engine, store.path / "fits", progress=progress
     )

@@ -21,6 +21,7 @@ from cqtool.cache.codec import TokenCodec
 from cqtool.cache.format import CacheFormat
 from cqtool.errors import ModelError
 from cqtool.geometry import NO_ROTATION, KeyRotation
+from cqtool.models.probe import read_geometry
 from cqtool.models.rotation import rotate, unrotate
 from cqtool.models.tap import AttentionTap, ObservingCache
 
@@ -56,6 +57,9 @@ def teacher_forced_logits(model: PreTrainedModel, format: CacheFormat, ids: Tens
         ``[tokens, vocabulary]`` in the model's dtype.
     """
     tap = AttentionTap.of(model)
+    if not tap.attention:
+        # It is the attention modules whose masks are edited; the probe finds them.
+        read_geometry(model)
 
     def on_update(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         codecs = format.layers[layer]

@@ -200,6 +200,24 @@ def test_cropping_into_the_codes_and_beyond_everything():
     assert cache.get_seq_length() == 3
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "longrope"])
+def test_speculative_decoding_drops_rejected_tokens_without_a_trace(name):
+    model = tiny(name)
+    prompt = random_ids(1, 12).repeat(1, 2)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 24, "do_sample": False}
+    recorded = RecordingCache(model)
+    full = model.generate(prompt, past_key_values=recorded, **options)
+    # Drafts are at most four tokens, so that none of them is coded before it is rejected.
+    cache = CQCache(exact_format(recorded, window=6, sinks=1), model)
+    crops = []
+    crop = cache.crop
+    cache.crop = lambda count: (crops.append(int(count)), crop(count))
+    coded = model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=4, **options)
+    assert min(crops) < 0, "no draft was rejected"
+    assert torch.equal(coded, full)
+    assert type(cache.get_seq_length()) is int and cache.get_seq_length() == 47
+
+
 def test_a_sliding_layer_keeps_no_more_than_its_window():
     model = tiny("mistral")
     cache = CQCache(random_format(model, window=4, sinks=2), model)

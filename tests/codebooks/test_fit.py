@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cqtool.codebooks import engines
 from cqtool.codebooks.engines import FaissEngine
 from cqtool.codebooks.fit import (
     check_enough_samples,
@@ -47,7 +48,7 @@ def lloyd(points, weights, centroids, iterations):
 def test_a_fit_is_a_fixed_point_of_weighted_lloyd(init):
     points = spread()
     weights = np.random.default_rng(1).random(600).astype(np.float32) ** 3
-    fit = FaissEngine(100, init, "cpu").fit(points, weights, 16, seed=3)
+    fit = FaissEngine(100, init).fit(points, weights, 16, seed=3)
     assert fit.error == pytest.approx(error(points, fit.centroids, weights), rel=1e-4)
     polished = lloyd(points, weights, fit.centroids, 50)
     assert error(points, polished, weights) >= 0.99 * fit.error
@@ -58,7 +59,7 @@ def test_weights_count_like_repetitions():
     # Three well separated pairs: the centroid of each lies at its weighted mean.
     points = np.array([[0, 0], [1, 0], [10, 0], [11, 0], [0, 10], [0, 11]], np.float32)
     weights = np.array([1, 3, 1, 1, 7, 1], np.float32)
-    fit = FaissEngine(20, "kmeans++", "cpu").fit(points, weights, 3, seed=0)
+    fit = FaissEngine(20, "kmeans++").fit(points, weights, 3, seed=0)
     found = sorted(map(tuple, fit.centroids.round(4).tolist()))
     assert found == [(0.0, 10.125), (0.75, 0.0), (10.5, 0.0)]
 
@@ -66,7 +67,7 @@ def test_weights_count_like_repetitions():
 def test_weighting_moves_precision_to_where_the_weight_is():
     points = spread(samples=3000)
     weights = np.where(points[:, 0] > 0, 100, 1).astype(np.float32)
-    engine = FaissEngine(50, "kmeans++", "cpu")
+    engine = FaissEngine(50, "kmeans++")
     plain, weighted = (engine.fit(points, w, 32, seed=0).centroids for w in (None, weights))
     assert error(points, weighted, weights) < error(points, plain, weights)
     assert error(points, weighted) > error(points, plain)
@@ -74,7 +75,7 @@ def test_weighting_moves_precision_to_where_the_weight_is():
 
 def test_zero_and_absent_weights_do_not_break_a_fit():
     points = spread()
-    engine = FaissEngine(20, "kmeans++", "cpu")
+    engine = FaissEngine(20, "kmeans++")
     plain = engine.fit(points, None, 8, seed=1)
     zero = engine.fit(points, np.zeros(600, np.float32), 8, seed=1)
     np.testing.assert_array_equal(zero.centroids, plain.centroids)
@@ -84,7 +85,7 @@ def test_zero_and_absent_weights_do_not_break_a_fit():
 
 def test_the_seed_decides_the_bytes():
     points = spread()
-    engine = FaissEngine(10, "kmeans++", "cpu")
+    engine = FaissEngine(10, "kmeans++")
     first, second = (engine.fit(points, None, 32, seed=5).centroids for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert not np.array_equal(first, engine.fit(points, None, 32, seed=6).centroids)
@@ -98,9 +99,37 @@ def test_the_seed_decides_the_bytes():
     assert len(seeds) == 54
 
 
+def test_fits_run_side_by_side_also_after_one_in_the_main_thread(monkeypatch):
+    faiss = engines.import_faiss()
+    faiss.omp_set_num_threads(3)
+    engine = FaissEngine(5, "random")
+    engine.fit(spread(), None, 8, seed=0)
+    assert engine.threads == 3
+
+
+def test_auto_takes_the_gpu_only_where_it_is_faster(monkeypatch):
+    from cqtool.recipe import KMeans
+
+    faiss = engines.import_faiss()
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr(faiss, "omp_get_max_threads", lambda: 16)
+
+    def where(device, engine, samples, centroids):
+        settings = KMeans(engine=engine, iterations=100)
+        made = engines.make_engine(settings, device, samples=samples, centroids=centroids)
+        return made.detail.rsplit(" ", 1)[1]
+
+    assert where("cuda", "faiss", 8192, 256) == "GPU"
+    assert where("cuda", "auto", 8192, 256) == "CPU"
+    assert where("cuda", "auto", 1 << 20, 1024) == "GPU"
+    assert where("cpu", "faiss", 1 << 20, 1024) == "CPU"
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0, raising=False)
+    assert where("cuda", "faiss", 8192, 256) == "CPU"
+
+
 def test_more_centroids_than_samples_is_refused_before_and_during():
     with pytest.raises(SampleError, match="600 samples"):
-        FaissEngine(10, "kmeans++", "cpu").fit(spread(), None, 601, seed=0)
+        FaissEngine(10, "kmeans++").fit(spread(), None, 601, seed=0)
     spec = CacheSpec(CQSpec(8, 8), CQSpec(8, 10))
     check_enough_samples(spec, 1024)
     with pytest.raises(SampleError, match="1024 centroids"):
@@ -143,7 +172,7 @@ class FakeStore:
 @pytest.mark.parametrize("objective", ["uniform", "fisher"])
 def test_each_codebook_is_fitted_to_its_own_head_group_and_weights(objective):
     store, spec = FakeStore(), CacheSpec(CQSpec(2, 4), CQSpec(4, 3))
-    engine = FaissEngine(30, "kmeans++", "cpu")
+    engine = FaissEngine(30, "kmeans++")
     with SILENT.task("fit", 1) as task:
         fit = fit_layer(store, 7, spec, objective, engine, 42, task)
     assert fit.codebooks["key"].shape == (2, 2, 16, 2)
@@ -169,7 +198,7 @@ def test_each_codebook_is_fitted_to_its_own_head_group_and_weights(objective):
 
 
 def test_values_beyond_float16_are_kept_in_bfloat16():
-    engine = FaissEngine(5, "kmeans++", "cpu")
+    engine = FaissEngine(5, "kmeans++")
     with SILENT.task("fit", 1) as task:
         fit = fit_layer(
             FakeStore(scale=2e4),

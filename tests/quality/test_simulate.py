@@ -11,8 +11,8 @@ from cqtool.errors import ModelError
 from cqtool.quality.measure import quantized_logits
 from cqtool.quality.simulate import require_simulation
 
-# Dynamic RoPE rotates early tokens otherwise in one long pass than in many short ones.
-SAME_EITHER_WAY = sorted(set(CONFIGS) - {"dynamic"} - ALIBI)
+# These rotate early tokens otherwise in one long pass than in many short ones.
+SAME_EITHER_WAY = sorted(set(CONFIGS) - {"dynamic", "longrope"} - ALIBI)
 
 
 @pytest.mark.parametrize("name", SAME_EITHER_WAY)

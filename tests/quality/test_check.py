@@ -1,0 +1,177 @@
+"""`check` end to end on a tiny model: rows, where reports go, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cqtool.artifact.export import export
+from cqtool.cache import CQCache
+from cqtool.codebooks.calibrate import calibrate
+from cqtool.errors import ArtifactError, RecipeError, SampleError
+from cqtool.manifest import verify_folder
+from cqtool.models.load import open_model
+from cqtool.quality import CheckSettings, Gates, check
+from cqtool.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_model_dir):
+    return open_model(str(tiny_model_dir), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(opened, tiny_text_file, tmp_path_factory):
+    recipe = load_recipe(
+        "cq-8c8b",
+        {
+            "calibration.dataset": str(tiny_text_file),
+            "calibration.split": "train",
+            "calibration.sequences": 8,
+            "calibration.sequence_length": 64,
+            "kmeans.iterations": 10,
+            "format": "cq-4c6b",
+            "window": 8,
+            "sinks": 2,
+        },
+    )
+    out = tmp_path_factory.mktemp("check") / "cal"
+    calibrate(opened, recipe, out)
+    return out
+
+
+def settings(text: Path, **changes) -> CheckSettings:
+    values = {"dataset": str(text), "split": "test", "windows": 3, "window_length": 96}
+    return CheckSettings(**{**values, **changes})
+
+
+def test_rows_gates_and_report(folder, opened, tiny_text_file):
+    compare = ("cq-8c4b", "cq-4c6b:uniform", "int4", "fp16", str(folder))
+    gates = Gates(max_kl=1e9, max_ppl_increase=-1.0)
+    report = check(opened, folder, settings(tiny_text_file, compare=compare, gates=gates))
+    rows = {row.label: row for row in report.rows}
+    assert [row.label for row in report.rows] == [
+        "fp32 (full)",
+        "cq-4c6b fisher",
+        "cq-8c4b fisher",
+        "cq-4c6b uniform",
+        "int4",
+        "fp16",
+        "cq-4c6b fisher (cal)",
+    ]
+    assert rows["fp32 (full)"].kl == 0 and rows["fp32 (full)"].top1 == 1
+    assert rows["cq-4c6b fisher"].kl == rows["cq-4c6b fisher (cal)"].kl
+    assert 0 < rows["fp16"].kl < rows["int4"].kl < rows["cq-8c4b fisher"].kl
+    assert rows["cq-4c6b fisher"].kl < rows["cq-8c4b fisher"].kl
+    assert [(gate.name, gate.passed) for gate in report.gates] == [
+        ("max_ppl_increase", False),
+        ("max_kl", True),
+    ]
+    assert not report.passed
+    kept = json.loads((folder / "reports" / "quality.json").read_text())
+    assert kept == json.loads(json.dumps(report.to_json()))
+
+
+def test_bits_count_everything_that_is_stored(folder, opened, tiny_text_file):
+    plain = settings(tiny_text_file, window=0, sinks=0, compare=("int4", "fp16"))
+    rows = check(opened, folder, plain).rows
+    # Heads of 16 channels: 4 groups x 6 bits; int4 has a float16 minimum and step every 16.
+    assert [row.bits_per_channel for row in rows] == [32, 1.5, 4 + 32 / 16, 16]
+    channels = 2 * 2 * 2 * 16
+    positions, frequencies = 4, 4 * 8 / 96
+    for row in rows[1:]:
+        codes = channels * row.bits_per_channel / 8
+        # int and fp16 caches keep keys as they came, after RoPE; angles are noted all the same.
+        assert row.cache_bytes_per_token == pytest.approx(codes + positions + frequencies)
+        assert row.effective_bits == pytest.approx(8 * row.cache_bytes_per_token / channels)
+    windowed = check(opened, folder, settings(tiny_text_file)).rows[1]
+    ids = torch.arange(3, 99)[None]
+    cache = CQCache.from_pretrained(folder, opened.model)
+    with torch.no_grad():
+        opened.model(input_ids=ids, past_key_values=cache)
+    assert windowed.cache_bytes_per_token == cache.nbytes / 96
+
+
+def test_another_window_gets_a_report_of_its_own(folder, opened, tiny_text_file):
+    own = folder / "reports" / "quality.json"
+    check(opened, folder, settings(tiny_text_file))
+    before = own.read_bytes()
+    check(opened, folder, settings(tiny_text_file, window=0, sinks=0))
+    other = json.loads((folder / "reports" / "quality-window0-sinks0.json").read_text())
+    assert (other["rows"][1]["window"], other["rows"][1]["sinks"]) == (0, 0)
+    assert own.read_bytes() == before
+
+
+def test_an_artifact_can_be_checked_and_stays_whole(folder, opened, tiny_text_file, tmp_path):
+    check(opened, folder, settings(tiny_text_file))
+    artifact = export(folder, tmp_path / "artifact").folder
+    report = check(opened, artifact, settings(tiny_text_file))
+    verify_folder(artifact)
+    assert report.rows[1].kl == check(opened, folder, settings(tiny_text_file)).rows[1].kl
+
+
+def test_checking_on_calibration_text_is_pointed_out(folder, opened, tiny_text_file):
+    from contextlib import contextmanager
+
+    class Notes:
+        said: list[str] = []  # noqa: RUF012
+
+        def note(self, message):
+            self.said.append(message)
+
+        @contextmanager
+        def task(self, label, total, done=0):
+            class Task:
+                def advance(self, amount=1):
+                    pass
+
+            yield Task()
+
+    notes = Notes()
+    check(opened, folder, settings(tiny_text_file), notes)
+    assert notes.said == []
+    check(opened, folder, settings(tiny_text_file, split="train"), notes)
+    assert "also calibrated on" in notes.said[0]
+
+
+def test_what_cannot_be_compared_is_refused(folder, opened, tiny_text_file, tmp_path):
+    cases = [
+        (RecipeError, "no format 'int5'", "int5"),
+        (RecipeError, "uniform or fisher", "cq-4c6b:best"),
+        (RecipeError, "not a coupled format|cq-<channels>", "cq-banana"),
+        (RecipeError, "couple", "cq-3c6b"),
+        (SampleError, "1024 centroids", "cq-8c10b"),
+    ]
+    for error, words, name in cases:
+        with pytest.raises(error, match=words):
+            check(opened, folder, settings(tiny_text_file, compare=(name,)))
+    bare = export(folder, tmp_path / "artifact").folder
+    with pytest.raises(SampleError, match="--keep-samples"):
+        check(opened, bare, settings(tiny_text_file, compare=("cq-8c4b",)))
+
+
+def test_another_model_is_refused_in_one_sentence(folder, tiny_model_dir):
+    other = open_model(str(tiny_model_dir), device="cpu")
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(ArtifactError, match="not for this model"):
+        CQCache.from_pretrained(folder, other.model)
+    assert CQCache.from_pretrained(folder, other.model, allow_other_base=True).nbytes == 0
+    deeper = other.model.config.__class__(**{**other.model.config.to_dict(), "head_dim": 32})
+    wrong = type(other.model)(deeper)
+    with pytest.raises(ArtifactError, match="other shapes"):
+        CQCache.from_pretrained(folder, wrong, allow_other_base=True)
+
+
+def test_a_path_that_is_no_artifact_is_refused(opened, tmp_path):
+    for path, words in (
+        (tmp_path, "cq_config.json"),
+        (tmp_path / "nowhere", "not a folder"),
+        ("../no/such/place", "not a folder"),
+    ):
+        with pytest.raises(ArtifactError, match=words):
+            CQCache.from_pretrained(path, opened.model)
