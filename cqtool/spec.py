@@ -104,6 +104,12 @@ class CacheSpec:
         """Mean bits per channel in codes alone, window and sinks not counted."""
         return (self.key.bits_per_channel + self.value.bits_per_channel) / 2
 
+    @property
+    def rate(self) -> str:
+        """:attr:`bits_per_channel` in words, such as ``1 bit per channel``."""
+        bits = self.bits_per_channel
+        return f"{bits:.4g} {'bit' if bits == 1 else 'bits'} per channel"
+
     def code(self, kind: Kind) -> CQSpec:
         """The code of the keys or of the values."""
         return self.key if kind == "key" else self.value

@@ -43,8 +43,8 @@ def render_card(content: CardContent) -> str:
     config = content.config
     base = public_name(config.base_model.id)
     sections = [
-        f"# {plain(base.rsplit('/', 1)[-1])}: KV cache in {number(config.cache.bits_per_channel)}"
-        f" bits per channel ({config.cache.name})",
+        f"# {plain(base.rsplit('/', 1)[-1])}: KV cache in {config.cache.rate}"
+        f" ({config.cache.name})",
         *_introduction(config),
         "## Usage",
         _usage(content),
@@ -94,7 +94,7 @@ def _introduction(config: CQConfig) -> Iterator[str]:
         model, revision = f"the local model `{plain(public_name(base.id))}`", ""
     yield (
         f"Codebooks that hold the key/value cache of {model}{revision} in "
-        f"{number(config.cache.bits_per_channel)} bits per channel. They are no model: the base "
+        f"{config.cache.rate}. They are no model: the base "
         "model's weights stay as they are, and are loaded from their own repository."
     )
     parts = [

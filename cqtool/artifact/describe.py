@@ -52,6 +52,7 @@ def _describe_codebooks(folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "format": config.cache.name,
         "bits_per_channel": config.cache.bits_per_channel,
+        "rate": config.cache.rate,
         "cache": config.cache.to_json(),
         "objective": config.objective,
         "recipe": config.recipe.get("name"),

@@ -33,7 +33,8 @@ def load_format(
     if difference is not None and not allow_other_base:
         raise ArtifactError(
             f"{path} was made for {config.base_model.id}, not for this model ({difference}); load "
-            "that base model, or pass allow_other_base=True for a fine-tune of it."
+            "that base model. For a fine-tune of it, CQCache.from_pretrained takes "
+            "allow_other_base=True."
         )
     if read_geometry(model) != config.geometry:
         raise ArtifactError(

@@ -206,8 +206,7 @@ def _report(sink: Output, out: Path, chosen: Recipe) -> None:
             "timings": timings,
         }
     )
-    bits = chosen.spec.bits_per_channel
-    sink.text(f"{chosen.spec.name}: {bits:g} {'bit' if bits == 1 else 'bits'} per channel\n")
+    sink.text(f"{chosen.spec.name}: {chosen.spec.rate}\n")
     sink.table(["what", "where"], [[name, place] for name, place in places.items()])
     sink.text()
     sink.table(["step", "seconds"], [[name, f"{took:.1f}"] for name, took in timings.items()])

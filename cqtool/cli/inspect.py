@@ -45,7 +45,7 @@ def _codebook_lines(found: dict[str, Any]) -> list[list[str]]:
     base, cache, data = found["base_model"], found["cache"], found["calibration"]
     revision = f" at {base['revision']}" if base["revision"] else ""
     return [
-        ["format", f"{found['format']}, {found['bits_per_channel']:.4g} bits per channel"],
+        ["format", f"{found['format']}, {found['rate']}"],
         ["base model", f"{base['id']}{revision}, license {base['license'] or 'not known'}"],
         ["unquantized", f"first {cache['sinks']} and last {cache['window']} tokens"],
         *[["layers", _shape(shape)] for shape in found["geometry"]["shapes"]],

@@ -95,6 +95,12 @@ def check(
     """
     model = opened.model
     candidates = _candidates(opened, calibration, settings, progress)
+    kept = candidates[0].format.window
+    if kept >= settings.window_length:
+        raise RecipeError(
+            f"A window of {kept} tokens keeps all of {settings.window_length} evaluated tokens in "
+            "full precision, so nothing would be measured; use a longer --window-length."
+        )
     source = resolve_source(
         settings.dataset,
         settings.split,

@@ -64,6 +64,27 @@ def test_weights_count_like_repetitions():
     assert found == [(0.0, 10.125), (0.75, 0.0), (10.5, 0.0)]
 
 
+def test_every_sample_counts_however_many_there_are():
+    # faiss by default takes 256 samples a centroid and leaves the rest out.
+    points = np.concatenate([spread(seed=i, samples=2000) + 20 * i for i in range(3)])
+    fit = FaissEngine(20, "kmeans++").fit(points, None, 3, seed=0)
+    expected = points.reshape(3, 2000, 2).astype(np.float64).mean(1)
+    found = fit.centroids[fit.centroids[:, 0].argsort()]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_kmeans_plus_plus_finds_rare_clusters_that_random_samples_miss():
+    # One large cluster and fifteen small ones far away.
+    centres = np.arange(16)[:, None] * np.array([[50.0, 0.0]])
+    points = np.concatenate(
+        [spread(i, 2000 if i == 0 else 20) + centre for i, centre in enumerate(centres)]
+    ).astype(np.float32)
+    plus, chance = (
+        FaissEngine(10, init).fit(points, None, 16, seed=0).error for init in ("kmeans++", "random")
+    )
+    assert plus < 3 and chance > 10 * plus
+
+
 def test_weighting_moves_precision_to_where_the_weight_is():
     points = spread(samples=3000)
     weights = np.where(points[:, 0] > 0, 100, 1).astype(np.float32)
@@ -97,6 +118,7 @@ def test_the_seed_decides_the_bytes():
         for group in range(3)
     }
     assert len(seeds) == 54
+    assert codebook_seed(1, 0, "key", 0, 0) not in seeds
 
 
 def test_fits_run_side_by_side_also_after_one_in_the_main_thread(monkeypatch):

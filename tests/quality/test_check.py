@@ -153,6 +153,11 @@ def test_what_cannot_be_compared_is_refused(folder, opened, tiny_text_file, tmp_
         check(opened, bare, settings(tiny_text_file, compare=("cq-8c4b",)))
 
 
+def test_a_window_that_leaves_nothing_to_measure_is_refused(folder, opened, tiny_text_file):
+    with pytest.raises(RecipeError, match="nothing would be measured"):
+        check(opened, folder, settings(tiny_text_file, window=96))
+
+
 def test_another_model_is_refused_in_one_sentence(folder, tiny_model_dir):
     other = open_model(str(tiny_model_dir), device="cpu")
     with torch.no_grad():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from formats import random_format
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 from zoo import ALIBI, CONFIGS, random_ids, tiny
 
 from cqtool.errors import ModelError
@@ -70,3 +72,23 @@ def test_models_that_count_keys_are_sent_to_decode_mode(name):
         rtol=1e-3,
         atol=2e-3,
     )
+
+
+def count_keys(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Attention that prefers high columns, whatever token stands there."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scaling + 0.3 * torch.arange(key.shape[2])
+    weights = (scores + attention_mask).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def test_attention_that_silently_counts_keys_is_noticed():
+    AttentionInterface.register("count-keys", count_keys)
+    AttentionMaskInterface.register("count-keys", AttentionMaskInterface()["eager"])
+    model = tiny("llama")
+    ids = random_ids(1, 40)[0]
+    require_simulation(model, random_format(model, window=5), ids)
+    model.set_attn_implementation("count-keys")
+    with pytest.raises(ModelError, match="--mode decode"):
+        require_simulation(model, random_format(model, window=5), ids)

@@ -166,3 +166,11 @@ def test_half_precision_samples_are_stored_in_half_the_space(tmp_path):
         with safe_open(store.file(0, 0), framework="pt") as file:
             assert file.get_tensor("key").dtype == size
             assert file.get_tensor("key_grad").dtype == torch.bfloat16
+
+
+def test_activations_beyond_float16_are_kept_in_full(tmp_path):
+    source = opened("llama", dtype=torch.bfloat16)
+    store = collect(source, read_geometry(source.model), windows(), tmp_path / "s", gradients=False)
+    large = torch.full((20, 2, 16), -1.5e5)
+    store.write(0, 1, {"key": large, "value": torch.ones(20, 2, 16)}, None)
+    assert torch.equal(store.load(0, "key")[20:40], large)
