@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from cqtool.spec import Kind
@@ -20,13 +20,14 @@ class KeyRotation:
         dim: how many channels of a head are turned (partial rotary when less than head_dim).
         offset: the first of them.
         source: which of the model's RoPE tables the layer uses (Gemma-3 has two), None with
-            ``none``.
+            ``none``. How tables are told apart depends on how the model is spread over devices, so
+            it does not count when geometries are compared.
     """
 
     style: Style
     dim: int = 0
     offset: int = 0
-    source: int | None = None
+    source: int | None = field(default=None, compare=False)
 
 
 NO_ROTATION = KeyRotation("none")

@@ -36,14 +36,15 @@ def load_format(
             "that base model. For a fine-tune of it, CQCache.from_pretrained takes "
             "allow_other_base=True."
         )
-    if read_geometry(model) != config.geometry:
+    geometry = read_geometry(model)
+    if geometry != config.geometry:
         raise ArtifactError(
             f"{path} was made for {config.base_model.id}, whose cache has other shapes than this "
             "model's; load that base model."
         )
     return CacheFormat(
         name=config.cache.name,
-        geometry=config.geometry,
+        geometry=geometry,
         layers=_load_codecs(folder, config),
         window=config.cache.window,
         sinks=config.cache.sinks,

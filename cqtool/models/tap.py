@@ -175,7 +175,9 @@ class AttentionTap:
             if produced is not None and produced[0] is cos:
                 return produced[1], produced[2]
             if cos.dim() == 3 and not torch.is_complex(cos):
-                return "unknown", RopeStep(*pair_angles(cos, sin))
+                # A copy of what a rotary module returned (a model spread over several GPUs): it
+                # cannot be told from which table, so the layer gets one of its own.
+                return ("copy", module.layer_idx), RopeStep(*pair_angles(cos, sin))
             return None
         # GPT-J and CodeGen keep a table [positions, 2 * pairs] of sines, then cosines, inside.
         table = getattr(module, "embed_positions", None)

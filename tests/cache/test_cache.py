@@ -11,6 +11,8 @@ from zoo import CONFIGS, random_ids, tiny
 
 from cqtool.cache import CacheFormat, CQCache, LayerCodecs
 from cqtool.cache.sinks import SinkColumns
+from cqtool.models.probe import read_geometry
+from cqtool.models.tap import AttentionTap
 from cqtool.schemes.scalar import IntCodec
 
 
@@ -31,7 +33,7 @@ def watch(cache):
 
 @pytest.mark.parametrize(
     ("window", "sinks", "prompt"),
-    [(0, 0, 5), (0, 2, 1), (3, 0, 7), (3, 2, 7), (6, 4, 2), (1, 3, 2), (20, 1, 4)],
+    [(0, 0, 5), (0, 2, 1), (3, 0, 7), (3, 2, 7), (6, 4, 2), (1, 3, 4), (1, 0, 2), (20, 1, 4)],
 )
 def test_every_step_matches_the_slow_definition(window, sinks, prompt):
     model = tiny("llama")
@@ -112,6 +114,20 @@ def test_exact_codebooks_reproduce_the_full_precision_cache(name, window, sinks)
         torch.stack(coded.logits), torch.stack(full.logits), rtol=1e-3, atol=2e-3
     )
     assert torch.equal(coded.sequences, full.sequences)
+
+
+def test_two_rope_tables_are_kept_apart_even_when_their_origin_is_lost(monkeypatch):
+    # Between GPUs the tables reach the layers as copies.
+    monkeypatch.setattr(AttentionTap, "_on_rotary", lambda *args: None)
+    model = tiny("gemma3")
+    recorded = RecordingCache(model)
+    prompt = random_ids(1, 12)
+    options = {"max_new_tokens": 30, "do_sample": False}
+    full = model.generate(prompt, past_key_values=recorded, **options)
+    cache = CQCache(exact_format(recorded, window=3), model)
+    assert torch.equal(model.generate(prompt, past_key_values=cache, **options), full)
+    monkeypatch.undo()
+    assert read_geometry(model) == read_geometry(tiny("gemma3"))
 
 
 def test_beam_search_follows_the_full_precision_cache():
