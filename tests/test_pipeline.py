@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytestmark = pytest.mark.model
+from hub_server import Blob
 
 
 def cqtool(*words: object, folder: Path, hub=None, code: int = 0, stdin: str | None = None):
@@ -29,6 +28,7 @@ def cqtool(*words: object, folder: Path, hub=None, code: int = 0, stdin: str | N
     return process
 
 
+@pytest.mark.model
 def test_from_model_to_hub_and_back(demo_available, hub, tmp_path):
     small = ("--sequences", 2, "--sequence-length", 192, "--iterations", 10)
     recipe = tmp_path / "small.yaml"
@@ -69,3 +69,27 @@ def test_from_model_to_hub_and_back(demo_available, hub, tmp_path):
     texts = [json.loads(process.stdout) for process in (local, pulled)]
     assert texts[0]["text"] == texts[1]["text"] != ""
     assert texts[0]["cache"]["bytes"] < 0.6 * texts[0]["cache"]["bytes_full"]
+
+
+def test_a_model_can_come_from_the_hub_at_a_revision(hub, tiny_model_dir, tiny_text_file, tmp_path):
+    repo = hub.create("org/tiny")
+    files = {path.name: path.read_bytes() for path in tiny_model_dir.iterdir()}
+    files["README.md"] = b"---\nlicense: mit\n---\nA tiny model.\n"
+    blobs = {name: Blob(content, lfs=len(content) > 100_000) for name, content in files.items()}
+    first = repo.add("main", "first", blobs)
+    repo.add("main", "emptied", {})
+    options = (
+        *("--recipe", "cq-8c8b", "--dataset", tiny_text_file, "--sequences", 5),
+        *("--sequence-length", 64, "--iterations", 3),
+    )
+    cqtool(
+        *("calibrate", "org/tiny", "--revision", first.oid, "--out", "cal", *options),
+        hub=hub,
+        folder=tmp_path,
+    )
+    base = json.loads((tmp_path / "cal" / "cq_config.json").read_text())["base_model"]
+    assert (base["id"], base["revision"], base["license"]) == ("org/tiny", first.oid, "mit")
+    missing = cqtool(
+        *("calibrate", "org/none", "--out", "other", *options), hub=hub, folder=tmp_path, code=2
+    )
+    assert "org/none" in missing.stderr and missing.stderr.startswith("error: ")

@@ -109,6 +109,11 @@ def generate(
 
 def _account(cache: CQCache, used: int, full: int) -> str:
     tokens, exact = cache.get_seq_length(), cache.format.window + cache.format.sinks
+    if tokens == 0:
+        return (
+            "warning: transformers replaced the cache by one of its own (it does so for LongRoPE "
+            "models beyond their original context), so nothing was quantized"
+        )
     line = f"cache: {used:,} bytes for {tokens} tokens; in full precision {full:,} bytes"
     if tokens <= exact:
         return f"{line}. The newest and first {exact} tokens are never quantized."

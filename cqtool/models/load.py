@@ -105,7 +105,7 @@ def open_model(
         tokenizer=tokenizer,
         name=name,
         base_id=base_id,
-        revision=getattr(config, "_commit_hash", None),
+        revision=_commit(path, revision),
         license=DEMO_LICENSE if name == "demo" else _license(path, revision),
     )
 
@@ -234,6 +234,16 @@ def _require_all_weights(missing: Any, name: str) -> None:
             f"The checkpoint of {name} lacks {len(names)} of the model's tensors (such as "
             f"{names[0]}), which would be random; use a complete checkpoint."
         )
+
+
+def _commit(path: str, revision: str | None) -> str | None:
+    """The commit that a model on the Hub was read from, None for a folder."""
+    from huggingface_hub import hf_hub_download
+
+    if Path(path).is_dir():
+        return None
+    # The file is in the cache by now, in a folder named after its commit.
+    return Path(hf_hub_download(path, "config.json", revision=revision)).parent.name
 
 
 def _license(path: str, revision: str | None) -> str | None:
