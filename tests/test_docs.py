@@ -1,29 +1,149 @@
-"""The code in docs/python.md runs, from top to bottom."""
+"""The documentation's examples run: Python, recipes and the reader of the artifact format."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "python.md"
-BLOCK = re.compile(r"^<!-- test -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+from cqtool.codebooks import codes
+from cqtool.quality import CheckSettings, check
+from cqtool.recipe import load_recipe
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-def test_the_python_page_runs_from_top_to_bottom(
-    tiny_model_dir: Path,
-    tiny_text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    text = PAGE.read_text(encoding="utf-8")
-    blocks = list(BLOCK.finditer(text))
-    # Every marker belongs to a block, and every block is run.
-    assert len(blocks) == text.count("<!-- test -->") == text.count("```python") > 0
-    monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "page", "MODEL": str(tiny_model_dir), "TEXT": str(tiny_text_file)}
-    for block in blocks:
-        # As many empty lines as stand before it, so that a traceback names the page's line.
-        above = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * above + block[1], str(PAGE), "exec"), namespace)
+def blocks(page: str, mark: str, language: str) -> list[tuple[int, str]]:
+    """Line and text of the code blocks of a page that carry a mark."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    pattern = rf"<!-- {mark} -->\n```{language}\n(.*?)```"
+    return [
+        (text[: found.start(1)].count("\n"), found[1])
+        for found in re.finditer(pattern, text, re.DOTALL)
+    ]
+
+
+def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run a page's Python, one block after the other, in one namespace."""
+    for line, block in blocks(page, "test", "python"):
+        # The line numbers of a traceback are those of the page.
+        exec(compile("\n" * line + block, DOCS / page, "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory, tiny_model_dir, tiny_text_file) -> Path:
+    """A folder as docs/python.md describes it, after its code has run there."""
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(tiny_model_dir, folder / "path/to/model")
+    shutil.copy(tiny_text_file, folder / "path/to/text.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("python.md", {})
+    return folder
+
+
+def test_the_python_page_runs_and_every_block_is_part_of_it(here):
+    text = (DOCS / "python.md").read_text(encoding="utf-8")
+    assert len(blocks("python.md", "test", "python")) == text.count("```python")
+    assert (here / "artifact" / "manifest.json").is_file()
+
+
+def test_the_documented_reader_reads_an_artifact(here, monkeypatch):
+    monkeypatch.chdir(here)
+    names = run("artifact-format.md", {})
+    config, tensors = names["open_artifact"](here / "artifact")
+    own = load_file(here / "artifact" / "codebooks.safetensors")
+    assert config["cache"]["key"] == {"channels": 4, "bits": 8} and tensors.keys() == own.keys()
+    generator = torch.Generator().manual_seed(0)
+    for codebook in own.values():
+        heads, groups, centroids, channels = codebook.shape
+        vectors = torch.randn(1, heads, 5, groups * channels, generator=generator)
+        expected = codes.assign(vectors, codebook)
+        found = names["encode"](vectors[0].numpy(), codebook.float().numpy())
+        assert (found == expected[0].numpy()).all()
+        assert centroids == 256
+        decoded = names["decode"](found, codebook.float().numpy())
+        assert (decoded == codes.lookup(expected, codebook)[0].float().numpy()).all()
+
+
+@pytest.mark.parametrize("bits", [1, 3, 6, 8, 10])
+def test_the_documented_packing_is_that_of_the_cache(bits):
+    names = run("artifact-format.md", {})
+    some = torch.randint(0, 1 << bits, (4, 7), generator=torch.Generator().manual_seed(bits))
+    expected = codes.pack(some, bits)
+    for row, packed in zip(some.tolist(), expected, strict=True):
+        assert names["pack"](row, bits) == bytes(packed.tolist())
+
+
+def test_every_field_of_the_files_is_documented(here):
+    """Each key of each JSON file stands as code in the page, or in the guide's part on recipes."""
+    page = (DOCS / "artifact-format.md").read_text(encoding="utf-8")
+    page += (DOCS / "guide.md").read_text(encoding="utf-8").split("## Recipes")[1]
+    files = ("cq_config.json", "calibration.json", "reports/quality.json", "manifest.json")
+    contents = [json.loads((here / "artifact" / name).read_text()) for name in files]
+    free = {"fingerprint", "versions", "files", "timings"}  # keyed by parameters, packages, paths
+    missing = {
+        key
+        for content in contents
+        for key in keys(content, free)
+        if not re.search(rf"`(?:[a-z0-9_.\[\]]+\.)?{key}(?:[.\[][^`]*)?`", page)
+    }
+    assert not missing
+
+
+def keys(value: Any, closed: set[str]) -> set[str]:
+    """All keys of nested objects, those inside `closed` ones left out."""
+    if isinstance(value, list):
+        return {key for item in value for key in keys(item, closed)}
+    if not isinstance(value, dict):
+        return set()
+    inner = {key for name, item in value.items() if name not in closed for key in keys(item, closed)}
+    return set(value) | inner
+
+
+def test_the_guide_names_the_reports_of_other_windows(here):
+    from cqtool.models.load import open_model
+
+    opened = open_model(str(here / "path/to/model"), device="cpu")
+    text = str(here / "path/to/text.txt")
+    settings = CheckSettings(
+        dataset=text, split="test", windows=2, window_length=48, window=0, sinks=0
+    )
+    check(opened, here / "calibration", settings)
+    assert (here / "calibration/reports/quality-window0-sinks0.json").is_file()
+    guide = (DOCS / "guide.md").read_text(encoding="utf-8")
+    assert "reports/quality-window0-sinks0.json" in guide
+
+
+def test_the_recipe_in_the_guide_is_one(tmp_path):
+    ((_, text),) = blocks("guide.md", "recipe", "yaml")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    recipe = load_recipe(str(path), {})
+    assert recipe.spec.name == "k-cq-8c8b-v-cq-4c8b"
+    assert recipe.gates.max_ppl_increase == pytest.approx(0.03)
+
+
+def test_the_ci_example_is_a_workflow():
+    ((_, text),) = blocks("guide.md", "ci", "yaml")
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    assert all("uses" in step or "run" in step for step in job["steps"])
+    assert len(text.splitlines()) <= 18
+
+
+def test_anchors_exist():
+    for page in (DOCS.parent / "README.md", *DOCS.glob("*.md")):
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text()):
+            if "://" not in target:
+                linked = (page.parent / target) if target else page
+                heads = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+                slugs = {re.sub(r"[^a-z0-9 _-]", "", head.lower()).replace(" ", "-") for head in heads}
+                assert anchor in slugs, f"{page.name}: {target}#{anchor}"

@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from cqtool.files import atomic_file
 from cqtool.spec import KINDS, Kind
 
+_KL_RANGE = 1e4
 DPI = 144
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
@@ -170,6 +171,8 @@ def plot_quality(quality: dict[str, Any], path: Path) -> None:
     legend_rows = math.ceil((len(rows) + 3) / 3)
     figure = _figure(8.6, 4.2 + 0.22 * legend_rows)
     divergence, perplexity = figure.subplots(1, 2)
+    # What is as good as lossless would stretch the axis over many decades and squeeze the rest.
+    least = max((row["kl"] for row in rows), default=0.0) / _KL_RANGE
     for index, row in enumerate(rows):
         colour = _COLOURS[index % len(_COLOURS)]
         # The shapes have a cycle of their own, so that 70 rows differ in colour or shape.
@@ -183,6 +186,14 @@ def plot_quality(quality: dict[str, Any], path: Path) -> None:
         ):
             if axes is divergence and value <= 0:
                 continue  # nothing lost, nothing to show on a logarithmic axis
+            if axes is divergence and value < least:
+                value, deviation = least, 0.0
+                axes.annotate(
+                    "≤",
+                    (row["bits_per_channel"], least),
+                    xytext=(-14, -4),
+                    textcoords="offset points",
+                )
             bits = (row["bits_per_channel"], row["effective_bits"])
             axes.plot(bits, (value, value), color=colour, linewidth=0.8, alpha=0.6)
             axes.errorbar(bits[0], value, deviation, **style)

@@ -152,6 +152,16 @@ def test_quality_plot_places_codes_and_effective_bits(tmp_path: Path, drawn: lis
     assert labels[:2] == ["cq-8c8b fisher (1 bit)", "int4 (4.5 bit)"]
 
 
+def test_a_nearly_lossless_format_does_not_stretch_the_axis(
+    tmp_path: Path, drawn: list[Figure]
+) -> None:
+    rows = (quality_row("bad", 1.0, 0.5, 30.0), quality_row("fp16", 16.0, 1e-9, 20.0))
+    plots.plot_quality(quality(*rows), tmp_path / "quality.png")
+    axes = drawn[0].axes[0]
+    assert 1e-6 < axes.get_ylim()[0] < 5e-5
+    assert [text.get_text() for text in axes.texts] == ["≤"]
+
+
 def test_labels_of_many_formats_do_not_overlap(tmp_path: Path, drawn: list[Figure]) -> None:
     rows = [quality_row(f"cq-{n}c8b fisher", 1 + n / 4, 0.1 / n, 20 + n) for n in range(1, 15)]
     plots.plot_quality(quality(*rows), tmp_path / "quality.png")
