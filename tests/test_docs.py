@@ -105,7 +105,9 @@ def keys(value: Any, closed: set[str]) -> set[str]:
         return {key for item in value for key in keys(item, closed)}
     if not isinstance(value, dict):
         return set()
-    inner = {key for name, item in value.items() if name not in closed for key in keys(item, closed)}
+    inner = {
+        key for name, item in value.items() if name not in closed for key in keys(item, closed)
+    }
     return set(value) | inner
 
 
@@ -145,5 +147,7 @@ def test_anchors_exist():
             if "://" not in target:
                 linked = (page.parent / target) if target else page
                 heads = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
-                slugs = {re.sub(r"[^a-z0-9 _-]", "", head.lower()).replace(" ", "-") for head in heads}
+                slugs = {
+                    re.sub(r"[^a-z0-9 _-]", "", head.lower()).replace(" ", "-") for head in heads
+                }
                 assert anchor in slugs, f"{page.name}: {target}#{anchor}"

@@ -87,24 +87,30 @@ def calibrate(
         recipe: what to fit, on which text.
         out: the calibration folder; replaced only when the new one is complete.
         resume: continue an interrupted run of the same recipe.
-        force: throw an interrupted run away and start over.
+        force: throw an interrupted run away, and replace a finished calibration.
         keep_samples: leave the sample store in the calibration folder.
         progress: where to report.
 
     Raises:
         RecipeError: the format does not fit the model's heads.
         SampleError: more centroids than samples, NaN activations, or a resumed run differs.
-        ArtifactError: an interrupted run is in the way, or another process writes to `out`.
+        ArtifactError: a finished or interrupted run is in the way, or another process writes to
+            `out`.
         DataError: the text is missing or too short.
         EnvironmentProblem: out of disk or memory.
     """
+    partial = partial_folder(out)
+    if (out / CONFIG_NAME).exists() and not (resume or force or partial.exists()):
+        raise ArtifactError(
+            f"{out} holds a finished calibration; choose another folder with --out, or replace it "
+            "with --force."
+        )
     spec = recipe.spec
     geometry = read_geometry(opened.model)
     check_fits_geometry(spec, geometry)
     text = recipe.calibration
     check_enough_samples(spec, text.sequences * text.sequence_length)
     engine = engine_for(recipe, opened.model.device.type, text.sequences * text.sequence_length)
-    partial = partial_folder(out)
     timings: dict[str, float] = {}
     with _locked(out):
         if partial.exists() and not resume:

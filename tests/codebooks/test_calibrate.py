@@ -121,6 +121,13 @@ def test_a_failure_leaves_the_good_calibration_in_place(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cal"]
 
 
+def test_a_finished_calibration_is_not_replaced_unasked(finished, opened, tiny_text_file):
+    before = sha256_file(finished / "codebooks.safetensors")
+    with pytest.raises(ArtifactError, match="finished calibration"):
+        calibrate(opened, small_recipe(tiny_text_file, calibration__seed=3), finished)
+    assert sha256_file(finished / "codebooks.safetensors") == before
+
+
 def test_resuming_with_another_recipe_is_refused(opened, tiny_text_file, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(module, "fit_codebooks", lambda *a, **k: 1 / 0)
