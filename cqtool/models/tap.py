@@ -95,7 +95,7 @@ class AttentionTap:
         tap = model.__dict__.get(_ATTRIBUTE)
         if tap is None:
             tap = cls(model)
-            # Not through nn.Module.__setattr__, which would reject nothing here but may in future.
+            # Straight into __dict__, where it was looked for: a plain attribute, no submodule.
             model.__dict__[_ATTRIBUTE] = tap
         assert isinstance(tap, AttentionTap)
         return tap
@@ -106,6 +106,8 @@ class AttentionTap:
             self.attention[layer] = self._running[-1]
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # What earlier passes produced is of no use any more, and large after a long prompt.
+        self._produced.clear()
         mask = kwargs.get("attention_mask")
         self.padding_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 

@@ -169,3 +169,12 @@ def test_refusals_name_the_reason():
         broken.model.layers[1].self_attn.k_proj.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="layer 1 produces NaN"):
         read_geometry(broken)
+
+
+def test_the_hooks_do_not_hold_on_to_the_angles_of_earlier_passes():
+    model = tiny("gemma3")
+    read_geometry(model)
+    for seed in range(3):
+        observed_keys(model, random_ids(1, 20, seed))
+    # One pair for each of the model's two tables.
+    assert len(AttentionTap.of(model)._produced) == 2
