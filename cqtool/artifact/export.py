@@ -13,6 +13,7 @@ from cqtool.artifact.card import render_card
 from cqtool.artifact.card_content import CardContent
 from cqtool.artifact.measured import read_quality
 from cqtool.artifact.names import check_repo_id
+from cqtool.artifact.private import hide_local_paths
 from cqtool.errors import ArtifactError
 from cqtool.files import atomic_dir
 from cqtool.layout.codebook_file import check_codebooks
@@ -79,6 +80,7 @@ def export(calibration: Path, out: Path, *, repo_id: str | None = None) -> Expor
         for name in (CODEBOOKS_NAME, CONFIG_NAME, CALIBRATION_NAME, *reports):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(calibration / name, folder / name)
+        hide_local_paths([folder / name for name in (CONFIG_NAME, CALIBRATION_NAME, *reports)])
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         write_manifest(folder)
         # What was copied is checked, not what was read before: the calibration may have changed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -220,3 +221,28 @@ def test_tensors_swapped_within_the_file_are_refused(artifact: Path) -> None:
     save_file(tensors, artifact / "codebooks.safetensors")
     with pytest.raises(ArtifactError, match="digest"):
         verify_folder(artifact)
+
+
+def test_paths_of_this_machine_are_not_published(calibration: Path, tmp_path: Path) -> None:
+    secret = "/home/somebody/private & co/notes.txt"
+    for name in ("cq_config.json", "calibration.json", "reports/quality.json"):
+        path = calibration / name
+        value = json.loads(path.read_text())
+        if name == "cq_config.json":
+            value["calibration"]["dataset"]["dataset"] = secret
+            value["recipe"] = {"name": "x", "calibration": {"dataset": secret}}
+        elif name == "calibration.json":
+            value["data"] = {"dataset": secret}
+        else:
+            value["evaluation"]["dataset"] = secret
+        path.write_text(json.dumps(value))
+    (calibration / "reports" / "report.html").write_text(f"<p>{html.escape(secret)}</p>")
+    folder = export(calibration, tmp_path / "artifact").folder
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != ".png":
+            assert b"somebody" not in path.read_bytes(), path
+    config = json.loads((folder / "cq_config.json").read_text())
+    assert config["calibration"]["dataset"]["dataset"] == "./notes.txt"
+    assert config["recipe"]["calibration"]["dataset"] == "./notes.txt"
+    # The calibration itself keeps what is needed to do it again.
+    assert secret in (calibration / "cq_config.json").read_text()
