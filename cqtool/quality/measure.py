@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cqtool.cache import CacheFormat, CQCache
+from cqtool.errors import ModelError
 from cqtool.quality.simulate import teacher_forced_logits
 
 Mode = Literal["teacher", "decode"]
@@ -63,6 +65,9 @@ def add_window(figures: WindowFigures, full: Tensor, logits: Tensor, ids: Tensor
         full: ``[tokens, vocabulary]`` of full precision.
         logits: the same over the quantized cache; may be `full` itself.
         ids: int64 ``[tokens]``.
+
+    Raises:
+        ModelError: the logits hold NaN or infinities.
     """
     tokens = ids.shape[0]
     nll = kl = same = 0.0
@@ -74,9 +79,18 @@ def add_window(figures: WindowFigures, full: Tensor, logits: Tensor, ids: Tensor
         following = targets[start + 1 : stop + 1]
         rows = torch.arange(following.shape[0], device=found.device)
         nll -= float(found[rows, following].double().sum())
-        kl += float((reference.exp() * (reference - found)).sum(dim=-1).double().sum())
+        share = reference.exp()
+        # Some models mask unused entries of the vocabulary with -inf: 0 * (-inf + inf) is no NaN.
+        terms = torch.where(share > 0, share * (reference - found), 0.0)
+        kl += float(terms.sum(dim=-1).double().sum())
         same += float((reference.argmax(dim=-1) == found.argmax(dim=-1)).sum())
+    if not math.isfinite(nll) or not math.isfinite(kl):
+        raise ModelError(
+            "The model's output over this cache is NaN or infinite, so its quality cannot be "
+            "measured; run the model in another --dtype (bfloat16 or float32)."
+        )
     figures.nll.append(nll / (tokens - 1))
+    # Rounding can bring the sum of a lossless cache a little below zero.
     figures.kl.append(max(0.0, kl / tokens))
     figures.top1.append(same / tokens)
 

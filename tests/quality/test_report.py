@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cqtool.errors import ModelError
 from cqtool.quality.measure import WindowFigures, add_window
 from cqtool.quality.report import Gates, Row, judge, standard_error, summarise
 
@@ -33,6 +34,27 @@ def test_full_precision_against_itself_is_free():
     assert figures.kl == [0.0] and figures.top1 == [1.0]
     summary = summarise(figures, figures)
     assert summary["perplexity_increase"] == 0 and summary["kl_se"] is None
+
+
+def test_vocabulary_masked_with_minus_infinity_counts_for_nothing():
+    full, other = torch.randn(2, 50, 11)
+    ids = torch.randint(0, 8, (50,))
+    short, masked = WindowFigures(), WindowFigures()
+    add_window(short, full[:, :8], other[:, :8], ids)
+    full[:, 8:] = other[:, 8:] = float("-inf")
+    add_window(masked, full, other, ids)
+    assert masked.kl == pytest.approx(short.kl)
+    assert masked.nll == pytest.approx(short.nll)
+
+
+def test_nan_logits_are_an_error_and_never_a_perfect_score():
+    logits = torch.randn(50, 11)
+    ids = torch.randint(0, 11, (50,))
+    for broken in (float("nan"), float("inf")):
+        other = logits.clone()
+        other[20, 3] = broken
+        with pytest.raises(ModelError, match="NaN or infinite"):
+            add_window(WindowFigures(), logits, other, ids)
 
 
 def test_summary_uses_windows_as_units_and_pairs_them():
