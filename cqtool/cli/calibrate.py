@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cqtool.cli import options
 from cqtool.cli.output import Output
 from cqtool.errors import ArtifactError
+from cqtool.layout.config import (
+    CALIBRATION_NAME,
+    CODEBOOKS_NAME,
+    CONFIG_NAME,
+    MAX_JSON_BYTES,
+    REMEDY,
+    read_config,
+)
+from cqtool.strictjson import read_object
 
 if TYPE_CHECKING:
     from cqtool.models.load import OpenedModel
@@ -20,7 +28,7 @@ EXAMPLES = (
     "cqtool calibrate Qwen/Qwen3-0.6B --recipe cq-8c8b --out calibration",
     "cqtool calibrate demo --recipe demo --out calibration --resume",
 )
-FILES = ("cq_config.json", "calibration.json", "codebooks.safetensors")
+FILES = (CONFIG_NAME, CALIBRATION_NAME, CODEBOOKS_NAME)
 """What a finished calibration folder holds."""
 
 
@@ -166,13 +174,11 @@ def _refuse_overwriting(out: Path, *, finished: bool, resume: bool, force: bool)
 
 def _refuse_other_settings(out: Path, opened: OpenedModel, chosen: Recipe) -> None:
     from cqtool.models.fingerprint import compare_fingerprints, fingerprint
-    from cqtool.recipe import Recipe
+    from cqtool.recipe import recipe_of
 
-    config = _read(out / "cq_config.json")
-    made_with = Recipe.model_validate(config["recipe"])
-    difference = compare_fingerprints(
-        config["base_model"]["fingerprint"], fingerprint(opened.model)
-    )
+    made_with = recipe_of(out)
+    expected = dict(read_config(out).base_model.fingerprint)
+    difference = compare_fingerprints(expected, fingerprint(opened.model))
     if difference is None and made_with.digest != chosen.digest:
         difference = "its recipe differs in " + ", ".join(made_with.differences(chosen))
     if difference is not None:
@@ -182,18 +188,8 @@ def _refuse_other_settings(out: Path, opened: OpenedModel, chosen: Recipe) -> No
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = jsonlib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read; calibrate again with --force.") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} is damaged; calibrate again with --force.")
-    return value
-
-
 def _report(sink: Output, out: Path, chosen: Recipe) -> None:
-    calibration = _read(out / "calibration.json")
+    calibration = read_object(out / CALIBRATION_NAME, REMEDY, limit=MAX_JSON_BYTES)
     timings = {name: float(seconds) for name, seconds in calibration["timings"].items()}
     places = {path.name: str(path) for path in (out / name for name in (*FILES, "samples"))}
     places = {name: place for name, place in places.items() if Path(place).exists()}

@@ -189,30 +189,14 @@ def _sample_and_keep(
 def _sample(
     path: Path, model: str, given: dict[str, Any], place: dict[str, Any], sink: Output
 ) -> SampleStore:
-    from cqtool.data import load_windows, resolve_source
     from cqtool.models.load import open_model
     from cqtool.models.probe import read_geometry
     from cqtool.recipe import CalibrationText
-    from cqtool.sampling import collect
+    from cqtool.sampling import calibration_windows, collect
 
     text = CalibrationText(**given)
     opened = open_model(model, **place, progress=sink.progress())
-    source = resolve_source(
-        text.dataset,
-        text.split,
-        model=model,
-        role="calibration",
-        config=text.config,
-        column=text.column,
-    )
-    windows = load_windows(
-        source,
-        opened.tokenizer,
-        sequences=text.sequences,
-        length=text.sequence_length,
-        seed=text.seed,
-        order="random",
-    )
+    windows = calibration_windows(opened, text)
     geometry = read_geometry(opened.model)
     return collect(opened, geometry, windows, path, gradients=False, progress=sink.progress())
 

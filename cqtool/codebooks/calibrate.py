@@ -33,7 +33,6 @@ from cqtool.codebooks.fit import (
     count_codebooks,
     fit_layer,
 )
-from cqtool.data import load_windows, resolve_source
 from cqtool.data.windows import TokenWindows
 from cqtool.errors import ArtifactError
 from cqtool.files import atomic_dir, atomic_file, digest_json, write_json
@@ -50,7 +49,7 @@ from cqtool.models.load import OpenedModel
 from cqtool.models.probe import read_geometry
 from cqtool.progress import SILENT, Progress
 from cqtool.recipe import Recipe
-from cqtool.sampling import SampleStore, collect
+from cqtool.sampling import SampleStore, calibration_windows, collect
 from cqtool.spec import KINDS, CacheSpec, Kind
 
 SAMPLES_NAME = "samples"
@@ -121,7 +120,7 @@ def calibrate(
                 )
             shutil.rmtree(partial)
         with _timed(timings, "text"):
-            windows = _load_text(opened, recipe)
+            windows = calibration_windows(opened, text)
         with _timed(timings, "sampling"):
             store = collect(
                 opened,
@@ -235,27 +234,6 @@ def _read_fit(file: Path) -> LayerFit | None:
     except (SafetensorError, OSError, KeyError, ValueError):
         # Fitting a layer again takes less than finding out what happened to the file.
         return None
-
-
-def _load_text(opened: OpenedModel, recipe: Recipe) -> TokenWindows:
-    text = recipe.calibration
-    source = resolve_source(
-        text.dataset,
-        text.split,
-        model=opened.name,
-        role="calibration",
-        config=text.config,
-        column=text.column,
-        revision=text.revision,
-    )
-    return load_windows(
-        source,
-        opened.tokenizer,
-        sequences=text.sequences,
-        length=text.sequence_length,
-        seed=text.seed,
-        order="random",
-    )
 
 
 def _config(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from cqtool.cache import CacheFormat, CQCodec, LayerCodecs
 from cqtool.cache.loading import load_format
 from cqtool.codebooks.calibrate import engine_for, fit_codebooks, library_versions
@@ -134,9 +132,12 @@ def check(
                 logits = quantized_logits(model, candidate.format, ids, settings.mode)
                 add_window(found, reference, logits, ids)
                 task.advance()
-    rows = [_full_row(opened, candidates[0].format, full, windows.ids[0])]
-    for candidate, found in zip(candidates, figures, strict=True):
-        rows.append(_row(opened, candidate, full, found, windows.ids[0]))
+    formats = [candidate.format for candidate in candidates]
+    sizes = [cache_bytes(model, format, windows.ids[0]) for format in formats]
+    length = settings.window_length
+    rows = [_full_row(opened, full, sizes[0][1] / length)]
+    for candidate, found, (stored, whole) in zip(candidates, figures, sizes, strict=True):
+        rows.append(_row(opened, candidate, full, found, stored / length, whole / length))
     report = QualityReport(
         model=opened.base_id,
         evaluation={
@@ -234,12 +235,10 @@ def _fitted(
     return _Candidate(f"{other.spec.name} {objective}", objective, format)
 
 
-def _full_row(opened: OpenedModel, format: CacheFormat, full: WindowFigures, ids: Tensor) -> Row:
+def _full_row(opened: OpenedModel, full: WindowFigures, per_token: float) -> Row:
     dtype = str(opened.model.dtype).removeprefix("torch.")
     name = _SHORT_DTYPES.get(dtype, dtype)
     bits = 8.0 * opened.model.dtype.itemsize
-    _, nbytes = cache_bytes(opened.model, format, ids)
-    per_token = nbytes / ids.shape[0]
     return Row(
         name=name,
         label=f"{name} (full)",
@@ -261,11 +260,11 @@ def _row(
     candidate: _Candidate,
     full: WindowFigures,
     figures: WindowFigures,
-    ids: Tensor,
+    per_token: float,
+    per_token_full: float,
 ) -> Row:
     format = candidate.format
     key_bits, value_bits = format.bits_per_channel
-    stored, whole = cache_bytes(opened.model, format, ids)
     geometry = format.geometry
     keys = sum(layer.kv_heads * layer.key_dim for layer in geometry.layers)
     share = keys / geometry.channels_per_token
@@ -279,8 +278,8 @@ def _row(
         bits_per_channel=share * key_bits + (1 - share) * value_bits,
         window=format.window,
         sinks=format.sinks,
-        effective_bits=bits * stored / whole,
-        cache_bytes_per_token=stored / ids.shape[0],
-        cache_bytes_per_token_full=whole / ids.shape[0],
+        effective_bits=bits * per_token / per_token_full,
+        cache_bytes_per_token=per_token,
+        cache_bytes_per_token_full=per_token_full,
         **summarise(full, figures),  # type: ignore[arg-type]
     )

@@ -2,5 +2,6 @@
 
 from cqtool.sampling.collect import collect
 from cqtool.sampling.store import SampleStore
+from cqtool.sampling.text import calibration_windows
 
-__all__ = ["SampleStore", "collect"]
+__all__ = ["SampleStore", "calibration_windows", "collect"]
