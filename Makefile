@@ -35,7 +35,7 @@ endef
 
 $(VENV)/.demo: $(PINS) | $(BIN)/python
 	@echo "Installing cqtool into $(VENV) (torch is large: this can take some minutes)"
-	$(call install,cpu$(comma)demo)
+	$(call install,cpu$(comma)demo$(comma)kernels)
 
 $(VENV)/.dev: $(PINS) | $(BIN)/python
 	@echo "Installing cqtool and its tools into $(VENV) (torch is large: this can take some minutes)"

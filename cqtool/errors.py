@@ -44,3 +44,13 @@ class HubError(CqtoolError):
     """The Hub refused, or could not be reached."""
 
     exit_code = 1
+
+
+class KernelError(CqtoolError):
+    """A CUDA kernel could not be compiled, loaded or launched."""
+
+    exit_code = 1
+
+
+class KernelsUnavailable(KernelError):
+    """This machine has no way to run a kernel; the torch reference can take its place."""

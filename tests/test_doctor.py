@@ -65,7 +65,7 @@ def test_this_machine_passes_and_every_complaint_has_a_fix() -> None:
     checks = run_checks()
     assert [check.name for check in checks] == [
         *("Python", "torch", "transformers", "libraries", "GPU", "faiss", "libcurand"),
-        *("cuda-core", "Hub", "demo", "cache"),
+        *("cuda-core", "NVRTC", "kernels", "kernel cache", "Hub", "demo", "cache"),
     ]
     assert not [check for check in checks if check.status == "fail"]
     for check in checks:
@@ -175,6 +175,67 @@ def test_curand_of_two_cuda_versions(versions: dict[str, str | None]) -> None:
     assert row("libcurand").status == "warn"
     versions["torch"] = "2.13.0"
     assert row("libcurand").status == "ok"
+
+
+def test_what_compiles_kernels_is_described() -> None:
+    from cqtool.kernels.build import toolchain
+
+    tools = toolchain()
+    assert row("NVRTC").detail == f"{tools.nvrtc}, headers in {tools.headers[0]}"
+    assert (tools.headers[0] / "cuda_fp16.h").is_file()
+
+
+def test_missing_pieces_of_the_kernel_compiler(
+    versions: dict[str, str | None], modules: dict[str, object]
+) -> None:
+    modules["cuda.bindings.nvrtc"] = None
+    assert row("NVRTC").status == "warn"
+    assert "cuda-bindings" in row("NVRTC").detail and "run:" not in row("NVRTC").detail
+    assert str(row("NVRTC").fix).startswith("pip install 'cuda-core>=")
+
+    def missing() -> None:
+        raise RuntimeError("Failure finding libnvrtc.so.13")
+
+    modules["cuda.bindings.nvrtc"] = SimpleNamespace(nvrtcVersion=missing)
+    assert row("NVRTC").fix == "pip install 'nvidia-cuda-nvrtc>=13,<14'"
+    versions["cuda-core"] = None
+    for name in ("cuda-core", "NVRTC"):
+        assert (row(name).status, row(name).fix) == ("warn", "pip install 'cqtool[kernels]'")
+
+
+def test_where_a_gpus_kernels_come_from(
+    modules: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cqtool.kernels import load
+    from cqtool.kernels.load import Outlook
+
+    assert row("kernels").status == "ok"
+    assert "without a GPU" in row("kernels").detail
+    modules["torch"] = gpu_torch(2)
+    asked = []
+
+    def outlook(capability: tuple[int, int]) -> Outlook:
+        asked.append(capability)
+        return answer
+
+    monkeypatch.setattr(load, "outlook", outlook)
+    answer = Outlook("nvrtc", "compiled by NVRTC 13.5")
+    assert row("kernels") == Check("kernels", "ok", "sm_90: compiled by NVRTC 13.5")
+    assert asked == [(9, 0)]
+    answer = Outlook("reference", "No compiler; run: pip install it.")
+    detail = "sm_90: the torch reference, many times slower: No compiler"
+    assert row("kernels") == Check("kernels", "warn", detail, "pip install it")
+    answer = Outlook("reference", "The driver is old.")
+    assert "update the NVIDIA driver" in str(row("kernels").fix)
+
+
+def test_kernel_cache_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("CQTOOL_CACHE", str(tmp_path))
+    assert row("kernel cache").detail == f"0 compiled, 0.0 MiB in {tmp_path / 'kernels'}"
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "a.cubin").write_bytes(bytes(3 << 19))
+    (tmp_path / "kernels" / "a.lock").write_bytes(bytes(3 << 19))
+    assert row("kernel cache").detail.startswith("1 compiled, 1.5 MiB")
 
 
 def test_token_is_noticed_and_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,251 @@
+"""Which compiled variant of the decode kernels serves a case, and how it is launched. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Pairing = Literal["paired", "closed", "scatter"]
+PAIRINGS: tuple[Pairing, ...] = ("paired", "closed", "scatter")
+DTYPES = ("float16", "bfloat16", "float32")
+# Dynamic shared memory a block may have, by compute capability (CUDA programming guide).
+SHARED_BYTES = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """What decides the kernels' code.
+
+    Attributes:
+        key_dim: channels of a key head.
+        value_dim: channels of a value head.
+        key_channels: channels of a key group.
+        key_bits: bits of a key code.
+        value_channels: channels of a value group.
+        value_bits: bits of a value code.
+        rows: query rows (query heads per kv head times query tokens).
+        pairing: how RoPE's pairs lie in the key groups.
+        rotate: whether keys are turned at all.
+        dtype: of queries, recent tokens and output.
+        softcap: whether scores are capped.
+        mask: whether there is a mask of columns.
+        gain: whether tokens have gains.
+        paged: whether tiles lie in pages behind a block table.
+    """
+
+    key_dim: int
+    value_dim: int
+    key_channels: int
+    key_bits: int
+    value_channels: int
+    value_bits: int
+    rows: int
+    pairing: Pairing = "paired"
+    rotate: bool = True
+    dtype: str = "float16"
+    softcap: bool = False
+    mask: bool = False
+    gain: bool = False
+    paged: bool = False
+
+    @property
+    def row_block(self) -> int:
+        """Query rows a warp serves at once: the next power of two, at most 8."""
+        return min(8, 1 << max(0, self.rows - 1).bit_length())
+
+    @property
+    def row_groups(self) -> int:
+        """Blocks of query rows."""
+        return -(-self.rows // self.row_block)
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """Constants of decode.cu for one case on one architecture; the names are the kernel's own."""
+
+    case: DecodeCase
+    fused: bool
+    key_parts: int
+    value_parts: int
+    warps: int
+    order: int
+    select: int
+    copies: int
+
+    @property
+    def offsets(self) -> int:
+        """Tiles whose queries one set of B fragments holds."""
+        return max(1, 8 // self.order // self.case.row_block)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles a warp takes in one step."""
+        return max(self.offsets, 4 if self.case.row_block <= 2 else 2)
+
+    @property
+    def key_table(self) -> int:
+        """Bytes of the key tables a block holds."""
+        c = self.case
+        slots = -(-_ceil(c.key_dim // (2 * c.key_channels), 4) // self.key_parts)
+        return _ceil(slots, 8 // c.key_channels) * (1 << c.key_bits) * 128
+
+    @property
+    def value_table(self) -> int:
+        """Bytes of one copy of the value tables a block holds."""
+        c = self.case
+        blocks = _ceil(c.value_dim // c.value_channels, 64 // c.value_channels)
+        return _ceil(blocks, self.value_parts) * (1 << c.value_bits) * 128
+
+    def shared_bytes(self, scores: bool, values: bool) -> int:
+        """Dynamic shared memory of a block."""
+        c, rows = self.case, self.case.row_block
+        slots = _ceil(c.key_dim // (2 * c.key_channels), 4)
+        if c.pairing != "scatter":
+            slots = _ceil(slots, self.key_parts)
+        swizzle = self.order // 2
+        exchange = _ceil(slots, swizzle) * self.tiles * rows * swizzle * 16 * c.key_channels
+        buffer = 4 // self.select * c.value_dim * 4
+        union = max(exchange if scores else 0, buffer if values else 0)
+        weights = rows * (self.tiles * 16 + 8) * 2 if values else 0
+        natural = 16 * (c.key_dim + 8) * 2 if scores and c.pairing == "scatter" else 0
+        warp = _ceil(union + weights + natural, 16) * 16
+        tables = self.key_table * scores + self.value_table * self.copies * values
+        return tables + self.warps * warp
+
+    def defines(self, mode: int) -> tuple[tuple[str, int], ...]:
+        """-D options of decode.cu; mode 0 both, 1 scores, 2 values."""
+        c = self.case
+        found = {
+            "MODE": mode,
+            "KEY_DIM": c.key_dim,
+            "VALUE_DIM": c.value_dim,
+            "KEY_CHANNELS": c.key_channels,
+            "KEY_BITS": c.key_bits,
+            "VALUE_CHANNELS": c.value_channels,
+            "VALUE_BITS": c.value_bits,
+            "ROWS": c.row_block,
+            "PAIRING": PAIRINGS.index(c.pairing),
+            "ROTATE": int(c.rotate),
+            "DTYPE": DTYPES.index(c.dtype),
+            "SOFTCAP": int(c.softcap),
+            "HAS_MASK": int(c.mask),
+            "HAS_GAIN": int(c.gain),
+            "PAGED": int(c.paged),
+            "WARPS": self.warps,
+            "KORD": self.order,
+            "VSEL": self.select,
+            "VCOPIES": self.copies,
+            "TILES": self.tiles,
+            "MAX_REGISTERS": 255,
+            "KEY_PARTS": self.key_parts,
+            "VALUE_PARTS": self.value_parts,
+        }
+        return tuple(found.items())
+
+    def finish_defines(self) -> tuple[tuple[str, int], ...]:
+        """-D options of finish.cu."""
+        c = self.case
+        found = {
+            "KEY_DIM": c.key_dim,
+            "VALUE_DIM": c.value_dim,
+            "ROWS": c.row_block,
+            "DTYPE": DTYPES.index(c.dtype),
+            "SOFTCAP": int(c.softcap),
+            "HAS_MASK": int(c.mask),
+            "WARPS": self.finish_warps,
+        }
+        return tuple(found.items())
+
+    @property
+    def finish_warps(self) -> int:
+        """Warps of a block of cq_finish: it keeps (rows + 1) x warps x value_dim floats."""
+        return 8 if (self.case.row_block + 1) * self.case.value_dim <= 1280 else 4
+
+
+def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
+    """The variant for a GPU.
+
+    Args:
+        case: what is to be computed.
+        capability: compute capability times ten, 90 for an H100.
+
+    Returns:
+        One kernel for scores and values where both tables fit into shared memory, else two kernels,
+        else as many passes over parts of the channels as needed; None when not even one slot fits.
+    """
+    limit = SHARED_BYTES.get(capability, 99) * 1024
+    rows = case.row_block
+    orders = 16 // case.key_channels
+    order = orders if rows * orders <= 16 else 2
+    # Fewer warps with all registers beat more with spills: 12 were 10 % slower on an H100.
+    warps = 8
+    # Columns by which lanes are told apart, and copies of the tables for the rest of them.
+    selects = {1: ((4, 1),), 2: ((2, 2), (4, 1)), 4: ((2, 2), (2, 1)), 8: ((1, 2), (1, 1))}[rows]
+    launch = DecodeLaunch(case, True, 1, 1, warps, order, *selects[0])
+    if launch.shared_bytes(True, True) <= limit and case.key_dim <= 192:
+        return launch
+    slots = _ceil(case.key_dim // (2 * case.key_channels), 4)
+    per_table = 8 // case.key_channels
+    blocks = _ceil(case.value_dim // case.value_channels, 64 // case.value_channels)
+    for key_parts in range(1, slots + 1):
+        if slots % key_parts or (key_parts > 1 and (slots // key_parts) % per_table):
+            continue
+        trial = DecodeLaunch(case, False, key_parts, 1, warps, order, *selects[0])
+        if trial.shared_bytes(True, False) <= limit:
+            break
+    else:
+        return None
+    for value_parts in range(1, blocks + 1):
+        if blocks % value_parts:
+            continue
+        for select, copies in selects:
+            trial = DecodeLaunch(case, False, key_parts, value_parts, warps, order, select, copies)
+            if trial.shared_bytes(False, True) <= limit and case.value_dim // value_parts <= 128:
+                return trial
+    return None
+
+
+@dataclass(frozen=True)
+class Share:
+    """How the work is cut.
+
+    Attributes:
+        parts: blocks per kv head.
+        splits: pieces a row's tokens are cut into; each leaves one partial result.
+        team: whether all warps of a block work on one piece (else each on its own).
+    """
+
+    parts: int
+    splits: int
+    team: bool
+
+
+def share(batch: int, kv_heads: int, tokens: int, launch: DecodeLaunch, sms: int) -> Share:
+    """Cut the work so that all warps have about as much to do.
+
+    Args:
+        batch: rows.
+        kv_heads: heads, each with tables of its own.
+        tokens: most coded tokens of a row.
+        launch: the kernels' constants.
+        sms: multiprocessors of the GPU.
+    """
+    parts = max(1, sms // kv_heads)
+    steps = max(1, _ceil(_ceil(tokens, 16), launch.tiles))
+    best, best_cost = Share(1, 1, False), float("inf")
+    for team in (False, True):
+        workers = parts if team else parts * launch.warps
+        inner = launch.warps if team else 1
+        for splits in range(1, max(1, min(steps // inner, 4 * workers // batch)) + 1):
+            rounds = _ceil(batch * splits, workers)
+            # Steps a warp walks, and what a unit's start and end cost, in steps.
+            walk = _ceil(steps, splits * inner) + (3 if team else 2)
+            cost = rounds * walk + 0.03 * splits
+            if cost < best_cost:
+                used = _ceil(batch * splits, 1 if team else launch.warps)
+                best, best_cost = Share(min(parts, used), splits, team), cost
+    return best
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

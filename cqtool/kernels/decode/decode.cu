@@ -1,0 +1,870 @@
+// Attention of a few query rows over coupled codes, decoded on the way into the tensor cores.
+//
+// One block holds the tables of one kv head in shared memory; each of its warps takes (batch row,
+// split) units by itself, and cq_finish merges what they write. MODE 0 (cq_decode) does scores and
+// values in one pass. Where the tables of keys and values do not fit together, MODE 1 (cq_scores)
+// writes raw scores and MODE 2 (cq_values) goes on from them.
+//
+// Scores are keys (A, 16 tokens x channels) times queries (B, channels x 8 columns). A lane decodes
+// the channels of tokens r and r + 8 that it owns. So that eight neighbouring lanes never meet in a
+// bank, odd tokens load "hi" before "lo" (and, with entries of less than 16 bytes, slots in another
+// order): every order is a column of B with its channels ordered alike, and a token reads its own.
+// The columns left are used for further tiles: with one query row the query is turned to four tile
+// starts at once. RoPE's angle is split: the query carries the start of the tile (recurrence in
+// fp32, restarted from exact phases), the key its offset within the tile (constants in registers).
+//
+// Values are the A operand too (rows: groups, k: token x channel parity), weights times parity are
+// B; lanes of different t read different groups, which the columns keep apart again (VSEL of them).
+#include "../common.cuh"
+
+#ifndef MODE
+#define MODE 0
+#endif
+#ifndef ROWS
+#define ROWS 1
+#endif
+#ifndef WARPS
+#define WARPS 12
+#endif
+#ifndef KEY_PARTS
+#define KEY_PARTS 1
+#endif
+#ifndef VALUE_PARTS
+#define VALUE_PARTS 1
+#endif
+#ifndef PAIRING  // 0 paired, 1 closed, 2 scatter (layout.py)
+#define PAIRING 0
+#endif
+#ifndef ROTATE
+#define ROTATE 1
+#endif
+#ifndef SOFTCAP
+#define SOFTCAP 0
+#endif
+#ifndef HAS_MASK
+#define HAS_MASK 0
+#endif
+#ifndef PAGED
+#define PAGED 0
+#endif
+#ifndef HAS_GAIN
+#define HAS_GAIN 0
+#endif
+
+constexpr int RS = ROWS;
+// Rows of `turns`: offsets 0 to 15 within a tile, then 16, 32, ... 112.
+constexpr int TURN_ROWS = 23;
+constexpr float NEVER = -1e30f;
+__host__ __device__ constexpr int imax(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// ---- keys -----------------------------------------------------------------------------------
+constexpr int KC = KEY_CHANNELS, KREGS = KC / 2;
+constexpr int KCENT = 1 << KEY_BITS;
+constexpr int KUNITS = KEY_DIM / (2 * KC);
+constexpr int KSLOTS_ALL = ceil_div(KUNITS, 4);
+constexpr int KSLOTS = ceil_div(KSLOTS_ALL, KEY_PARTS);
+constexpr int KSPB = 8 / KC;  // slots whose entries share a table row
+#ifndef KORD
+#define KORD (ROWS * (16 / KEY_CHANNELS) <= 16 ? 16 / KEY_CHANNELS : 2)
+#endif
+constexpr int ORD = KORD, SWZ = ORD / 2;
+constexpr int KSTEPS = ceil_div(KSLOTS, SWZ) * SWZ;
+constexpr int KBLOCKS = ceil_div(KSLOTS, KSPB);
+constexpr int KEY_TABLE = KBLOCKS * KCENT * 128;
+constexpr int KEY_TILE = 2 * (KEY_DIM / KC) * KEY_BITS;
+constexpr int NOFF = imax(1, 8 / ORD / RS);
+constexpr int NTK = imax(1, RS * ORD / 8);
+constexpr int COMBOS = NOFF * RS;
+#ifndef TILES  // of a step
+#define TILES (ROWS <= 2 ? 4 : 2)
+#endif
+constexpr int SG = imax(1, TILES / NOFF);  // sets of B fragments a step needs
+constexpr int TPS = SG * NOFF;
+// Slots of the queries: a part's own, but all where a part's channels lie anywhere.
+constexpr int QSLOTS = PAIRING == 2 ? KSLOTS_ALL : KSLOTS;
+constexpr int QSTEPS = ceil_div(QSLOTS, SWZ) * SWZ;
+constexpr int KPAIRS = QSLOTS * 4 * KC;  // padding included
+constexpr int PP = ceil_div(KPAIRS / 2, 32);
+static_assert(NTK * 8 == COMBOS * ORD, "columns");
+static_assert(KEY_PARTS == 1 || KSLOTS % KSPB == 0, "parts are whole tables");
+
+// ---- values ---------------------------------------------------------------------------------
+constexpr int VC = VALUE_CHANNELS, VREGS = VC / 2;
+constexpr int VCENT = 1 << VALUE_BITS;
+constexpr int VGROUPS = VALUE_DIM / VC;
+constexpr int NB = 64 / VC;  // groups whose entries share a table row
+constexpr int VBLOCKS_ALL = ceil_div(VGROUPS, NB);
+constexpr int VBLOCKS = ceil_div(VBLOCKS_ALL, VALUE_PARTS);
+constexpr int QPB = NB / 8;
+constexpr int HS = VBLOCKS * QPB;
+constexpr int MT = VREGS >= 2 ? HS * VREGS / 2 : ceil_div(HS, 2);  // row tiles of 16 channel pairs
+#ifndef VSEL
+#define VSEL (ROWS == 1 ? 4 : 2)
+#endif
+#ifndef VCOPIES
+#define VCOPIES (VSEL == 4 ? 1 : 2)
+#endif
+constexpr int TS = VSEL, ST = NB / TS;
+constexpr int NTV = imax(1, RS * TS * 2 / 8);
+constexpr int RPT = 4 / TS;  // rows a column tile of the values holds
+constexpr int VALUE_TABLE = VBLOCKS * VCENT * 128;
+constexpr int VALUE_TILE = 2 * VGROUPS * VALUE_BITS;
+static_assert(NTV * 4 == imax(4, RS * TS), "value columns");
+
+// ---- shared memory --------------------------------------------------------------------------
+constexpr bool SCORES = MODE != 2, VALUES = MODE != 1;
+constexpr int KEY_SMEM = SCORES ? KEY_TABLE : 0;
+constexpr int VALUE_SMEM = VALUES ? VALUE_TABLE * VCOPIES : 0;
+constexpr int EXCHANGE_SET = (QSTEPS / SWZ) * COMBOS * SWZ * 16 * KC;
+constexpr int EXCHANGE = SCORES ? SG * EXCHANGE_SET : 0;
+constexpr int OUT_BUFFER = VALUES ? RPT * VALUE_DIM * 4 : 0;
+constexpr int UNION = imax(EXCHANGE, OUT_BUFFER);
+constexpr int WEIGHTS_PITCH = TPS * 16 + 8;  // halves
+constexpr int WEIGHTS = VALUES ? RS * WEIGHTS_PITCH * 2 : 0;
+constexpr int NAT_PITCH = KEY_DIM + 8;  // halves
+constexpr int NATURAL = SCORES && PAIRING == 2 ? 16 * NAT_PITCH * 2 : 0;
+constexpr int WARP_SMEM = (UNION + WEIGHTS + NATURAL + 15) / 16 * 16;
+
+extern __shared__ __align__(128) u8 smem[];
+
+struct Entry {
+  u32 x[4];
+};
+template <int BYTES>
+DEVICE Entry load_entry(u32 offset) {
+  Entry e;
+  if constexpr (BYTES == 16) {
+    uint4 v = *reinterpret_cast<const uint4*>(smem + offset);
+    e.x[0] = v.x, e.x[1] = v.y, e.x[2] = v.z, e.x[3] = v.w;
+  } else if constexpr (BYTES == 8) {
+    uint2 v = *reinterpret_cast<const uint2*>(smem + offset);
+    e.x[0] = v.x, e.x[1] = v.y;
+  } else {
+    e.x[0] = *reinterpret_cast<const u32*>(smem + offset);
+  }
+  return e;
+}
+
+// base + 128 * (the code of `word` that `pick` selects: 128 in its byte), with the two upper bits of
+// 10-bit codes at `shift` of `upper`. One dot product instruction does shift, mask and sum.
+template <int BITS>
+DEVICE u32 row_at(u32 base, u32 word, u32 pick, u32 upper, int shift) {
+  if constexpr (BITS > 8) base += ((upper >> shift) & 3u) << 15;
+  return __dp4a(word, pick, base);
+}
+
+// Where the tiles of one batch row and head lie.
+struct Tiles {
+  const u8* base;
+#if PAGED
+  const int* pages;
+  i64 page_bytes;  // of one page of all heads
+  int shift;       // log2(tiles a page)
+#endif
+  template <int TILE_BYTES>
+  DEVICE const u8* at(int tile) const {
+#if PAGED
+    i64 page = pages[tile >> shift];
+    return base + page * page_bytes + static_cast<i64>(tile & ((1 << shift) - 1)) * TILE_BYTES;
+#else
+    return base + static_cast<i64>(tile) * TILE_BYTES;
+#endif
+  }
+};
+
+DEVICE u32 load_word(const u8* tile, int offset) {
+  return __ldg(reinterpret_cast<const u32*>(tile + offset));
+}
+
+// The rotated queries of a warp's next step, as B fragments in shared memory.
+DEVICE u32 exchange_offset(int slot, int combo, int hi, int t) {
+  int place = ((slot / SWZ) * COMBOS + combo) * SWZ + slot % SWZ;
+  return ((place * 2 + (hi ^ ((slot / SWZ) & 1))) * 4 + t) * (2 * KC);
+}
+
+#if MODE == 0
+#define KERNEL cq_decode
+#elif MODE == 1
+#define KERNEL cq_scores
+#else
+#define KERNEL cq_values
+#endif
+
+// key_codes, value_codes: tiles (layout.py); row b's are those of page b, or of block_table's pages.
+// tables: float16 images [kv_heads]. query: element strides (batch, head, token).
+// pair_channels [kv_heads, KEY_DIM / 2] (first, second model channel), steps likewise.
+// turns float16 [kv_heads, TURN_ROWS, 2, KEY_DIM / 2]: cosines and sines of small offsets.
+// first, coded, total, origin: int32 [batch]: first visible column, columns coded, columns in all,
+// and the column of position 0. scratch: raw scores of MODE 1 and 2.
+// part_out float [batch, kv_heads, splits, row groups * ROWS, VALUE_DIM], part_ml the (max, sum).
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
+       const u8* __restrict__ key_tables, const u8* __restrict__ value_tables,
+       const element* __restrict__ query, i64 query_b, i64 query_h, i64 query_l,
+       const int2* __restrict__ pair_channels, const u64* __restrict__ steps,
+       const __half* __restrict__ turns, const u16* __restrict__ natural_place, const int* __restrict__ first,
+       const int* __restrict__ coded, const int* __restrict__ total,
+       const int* __restrict__ origin, const int* __restrict__ block_table, int pages_per_row,
+       int tiles_per_page, const u8* __restrict__ mask, i64 mask_stride,
+       const __half* __restrict__ key_gain, const __half* __restrict__ value_gain, i64 gain_stride,
+       float* __restrict__ scratch, i64 scratch_stride, float* __restrict__ part_out,
+       float2* __restrict__ part_ml, int batch, int kv_heads, int queries_per_head, int query_length,
+       int splits, int team, int sinks, int sliding, float query_scale, float cap) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane >> 2, t = lane & 3;
+  const int head = blockIdx.x % kv_heads, part = blockIdx.x / kv_heads;
+  const int parts = gridDim.x / kv_heads;
+  const int row0 = blockIdx.y * RS, rows_padded = gridDim.y * RS;
+  const int rows_all = queries_per_head * query_length;
+  const int slot0 = MODE == 1 ? blockIdx.z * KSLOTS : 0;
+  const int query_slot0 = PAIRING == 2 ? 0 : slot0;
+  const int block0 = MODE == 2 ? blockIdx.z * VBLOCKS : 0;
+
+  allow_next_kernel();
+  if constexpr (SCORES) {
+    const u8* source = key_tables +
+        (static_cast<i64>(head) * ceil_div(KSLOTS_ALL, KSPB) + slot0 / KSPB) * (KCENT * 128);
+    for (int i = threadIdx.x; i < KEY_TABLE / 16; i += WARPS * 32)
+      copy_async_16(smem + i * 16, source + i * 16);
+  }
+  if constexpr (VALUES) {
+    const u8* source =
+        value_tables + (static_cast<i64>(head) * VBLOCKS_ALL + block0) * (VCENT * 128);
+    u8* target = smem + KEY_SMEM;
+    for (int i = threadIdx.x; i < VALUE_TABLE / 16; i += WARPS * 32) {
+      copy_async_16(target + i * 16, source + i * 16);
+    }
+  }
+  u8* const mine = smem + KEY_SMEM + VALUE_SMEM + warp * WARP_SMEM;
+  const u32 exchange = KEY_SMEM + VALUE_SMEM + warp * WARP_SMEM;
+  __half* const weights = reinterpret_cast<__half*>(mine + UNION);
+  __half* const natural = reinterpret_cast<__half*>(mine + UNION + WEIGHTS);
+
+  // ---- what a lane keeps: where its codes and entries lie, its angles within a tile -----------
+  int key_word[KSTEPS];
+  u32 key_base[KSPB];
+  u32 turn_cos[2][QSTEPS][KREGS], turn_sin[2][QSTEPS][KREGS];
+  const int swap = (r >> 1) & (SWZ - 1);
+  u32 advance[PP][2];  // turns / 2^32 of a step, of each pair
+  u32 tile_cos[PP][imax(1, TPS - 1)], tile_sin[PP][imax(1, TPS - 1)];
+  u32 key_pick[4];
+  if constexpr (SCORES) {
+#pragma unroll
+    for (int s = 0; s < KSTEPS; s++) {
+      int slot = s ^ swap;
+      int lanes = min(4, KUNITS - 4 * (slot0 + slot));
+      bool real = slot < KSLOTS && t < lanes;
+      if (!real) slot = 0, lanes = 4;
+      key_word[s] = (32 * (slot0 + slot) + r * lanes + t) * 4;
+    }
+#pragma unroll
+    for (int s = 0; s < QSTEPS; s++) {
+      int slot = s ^ swap;
+      bool real = slot < QSLOTS && (query_slot0 + slot) * 4 + t < KUNITS;
+      if (!real) slot = 0;
+      if constexpr (ROTATE) {
+        int unit = (query_slot0 + slot) * 4 + t;
+#pragma unroll
+        for (int i = 0; i < KREGS; i++) {
+          // Pairs of this register: see "pairing" in layout.py. Odd tokens hold hi where even ones
+          // hold lo, which turns the sine's sign.
+          int pair = unit * KC + 2 * i;
+          u32 flip = r & 1 ? 0x80008000u : 0u;
+          if constexpr (PAIRING == 1) {
+            int hi = i < KREGS / 2 ? (r & 1) : 1 - (r & 1);
+            pair = (unit * 2 + hi) * (KC / 2) + 2 * (i % imax(1, KREGS / 2));
+            flip = 0u;
+          }
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const __half* row = turns + (head * TURN_ROWS + r + 8 * h) * KEY_DIM;
+            u32 sine = *reinterpret_cast<const u32*>(row + KEY_DIM / 2 + (real ? pair : 0));
+            turn_cos[h][s][i] = *reinterpret_cast<const u32*>(row + (real ? pair : 0));
+            turn_sin[h][s][i] = sine ^ flip;
+          }
+        }
+      }
+    }
+    // Odd tokens take hi first.
+#pragma unroll
+    for (int i = 0; i < 4; i++) key_pick[i] = 0x80u << (8 * (PAIRING == 2 ? i : i ^ (r & 1)));
+#pragma unroll
+    for (int s = 0; s < KSPB; s++)
+      key_base[s] = (((s ^ swap) % KSPB) * 8 + (r & 1) * 4 + t) * (2 * KC);
+    // Padding of the queries, and channels that a part never writes, stay zero.
+    for (int i = lane; i < WARP_SMEM / 4; i += 32) reinterpret_cast<u32*>(mine)[i] = 0;
+#pragma unroll
+    for (int k = 0; k < PP; k++) {
+      int pair = min(2 * (lane + 32 * k), KPAIRS - 2) + query_slot0 * 4 * KC;
+      bool real = ROTATE && pair < KEY_DIM / 2;
+      u64 s0 = real ? steps[head * (KEY_DIM / 2) + pair] : 0;
+      u64 s1 = real ? steps[head * (KEY_DIM / 2) + pair + 1] : 0;
+      advance[k][0] = static_cast<u32>((s0 * (16 * TPS) + 0x80000000u) >> 32);
+      advance[k][1] = static_cast<u32>((s1 * (16 * TPS) + 0x80000000u) >> 32);
+#pragma unroll
+      for (int o = 1; o < TPS; o++) {
+        const __half* row = turns + (head * TURN_ROWS + 15 + o) * KEY_DIM;
+        tile_cos[k][o - 1] = *reinterpret_cast<const u32*>(row + (real ? pair : 0));
+        tile_sin[k][o - 1] = *reinterpret_cast<const u32*>(row + KEY_DIM / 2 + (real ? pair : 0));
+      }
+    }
+  }
+  int value_word[HS];
+  u32 value_base[QPB];
+  u32 pick0 = 0x4444, pick1 = 0x4444;  // PRMT selectors: a weight into its parity's half, or zero
+  if constexpr (VALUES) {
+    const int u = t % TS;
+#pragma unroll
+    for (int q = 0; q < QPB; q++) {
+      int column = (r + 8 * q + ST * u) & (NB - 1);
+      int copy = VCOPIES == 2 ? (t / TS) & 1 : 0;
+      value_base[q] = KEY_SMEM + copy * VALUE_TABLE + (column ^ (copy * (NB / 4))) * (2 * VC);
+#pragma unroll
+      for (int block = 0; block < VBLOCKS; block++) {
+        int group = (block0 + block) * NB + column;
+        value_word[block * QPB + q] = group < VGROUPS ? (group * 4 + t) * 4 : 0;
+      }
+    }
+    if ((r >> 1) % TS == u) {
+      pick0 = r & 1 ? 0x1044 : 0x4410;
+      pick1 = r & 1 ? 0x3244 : 0x4432;
+    }
+  }
+  const int my_combo = 2 * t / ORD;  // of column tile 0; column tile j adds 8 / ORD
+  const int my_off = my_combo / RS;
+  __shared__ float2 team_ml[WARPS][RS];
+  // Up to here only constants were read.
+  wait_for_previous_kernel();
+  copy_async_wait();
+  if constexpr (VALUES && VCOPIES == 2) {
+    // The second copy, its columns exchanged. Each thread copies what it fetched.
+    uint4* table = reinterpret_cast<uint4*>(smem + KEY_SMEM);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < VALUE_TABLE / 16; i += WARPS * 32)
+      table[VALUE_TABLE / 16 + (i ^ 2)] = table[i];
+  }
+  __syncthreads();
+
+  // In a team all warps of a block share a unit and merge what they found.
+  const int units = batch * splits;
+  for (int unit = team ? part : warp * parts + part; unit < units;
+       unit += team ? parts : parts * WARPS) {
+    const int b = unit / splits, split = unit - b * splits;
+    const int shares = team ? splits * WARPS : splits, mine_of = team ? split * WARPS + warp : split;
+    const int end = coded[b];
+    const int oldest_query = total[b] - query_length;  // column of query 0
+    int begin = first[b] + sinks;
+    if (sliding > 0) begin = max(begin, oldest_query - sliding + 1);
+    const int tile_lo = begin / 16, tile_hi = ceil_div(end, 16);
+    const int share = ceil_div(ceil_div(max(0, tile_hi - tile_lo), shares), TPS) * TPS;
+    const int tile0 = tile_lo + mine_of * share, tile1 = min(tile_hi, tile0 + share);
+    const int stop = min(end, tile1 * 16);
+    const i64 part_row = (static_cast<i64>(b) * kv_heads + head) * splits + split;
+
+    Tiles keys, values;
+    {
+      i64 head_tiles = static_cast<i64>(head) * tiles_per_page;
+      i64 page_tiles = static_cast<i64>(kv_heads) * tiles_per_page;
+#if PAGED
+      keys.pages = values.pages = block_table + static_cast<i64>(b) * pages_per_row;
+      keys.shift = values.shift = 31 - __clz(tiles_per_page);
+      keys.page_bytes = page_tiles * KEY_TILE, values.page_bytes = page_tiles * VALUE_TILE;
+#else
+      head_tiles += b * page_tiles;
+#endif
+      keys.base = key_codes + head_tiles * KEY_TILE;
+      values.base = value_codes + head_tiles * VALUE_TILE;
+    }
+
+    int row_begin[NTK];  // first visible column of the lane's rows
+#pragma unroll
+    for (int j = 0; j < NTK; j++) {
+      row_begin[j] = begin;
+      int row = row0 + (my_combo + j * (8 / ORD)) % RS;
+      if (sliding > 0 && query_length > 1)
+        row_begin[j] = max(first[b] + sinks, oldest_query + row % query_length - sliding + 1);
+    }
+
+    float first_of[RS][PP][2], second_of[RS][PP][2];  // queries of the lane's pairs, not turned
+    u32 phase[PP][2];  // of the coming step, in turns / 2^32
+    if constexpr (SCORES) {
+      const i64 position = static_cast<i64>(tile0) * 16 - origin[b];
+#pragma unroll
+      for (int k = 0; k < PP; k++) {
+        int pair = 2 * (lane + 32 * k) + query_slot0 * 4 * KC;
+        bool real = 2 * (lane + 32 * k) < KPAIRS && pair < KEY_DIM / 2;
+        if (!real) pair = 0;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          int2 channels = pair_channels[head * (KEY_DIM / 2) + pair + i];
+          phase[k][i] = static_cast<u32>((position * steps[head * (KEY_DIM / 2) + pair + i]) >> 32);
+#pragma unroll
+          for (int row = 0; row < RS; row++) {
+            int index = row0 + row;
+            float scale = real && index < rows_all ? query_scale : 0.f;
+            index = min(index, rows_all - 1);
+            const element* q = query + b * query_b +
+                (head * queries_per_head + index / query_length) * query_h +
+                (index % query_length) * query_l;
+            first_of[row][k][i] = to_float(q[channels.x]) * scale;
+            second_of[row][k][i] = to_float(q[channels.y]) * scale;
+          }
+        }
+      }
+    }
+
+    float acc[MT][NTV][4];
+    if constexpr (VALUES) {
+#pragma unroll
+      for (int i = 0; i < MT * NTV * 4; i++) (&acc[0][0][0])[i] = 0.f;
+    }
+    float peak[NTK], sum[NTK];
+#pragma unroll
+    for (int j = 0; j < NTK; j++) peak[j] = NEVER, sum[j] = 0.f;
+
+    u32 key_codes_now[TPS][KSTEPS], key_upper[TPS][KSTEPS];
+    auto fetch_keys = [&](int tile) {
+#pragma unroll
+      for (int o = 0; o < TPS; o++) {
+        const u8* at = keys.at<KEY_TILE>(min(tile + o, tile1 - 1));
+#pragma unroll
+        for (int s = 0; s < KSTEPS; s++) {
+          key_codes_now[o][s] = load_word(at, key_word[s]);
+          if constexpr (KEY_BITS > 8)
+            key_upper[o][s] = at[16 * (KEY_DIM / KC) + key_word[s] / 4];
+        }
+      }
+    };
+    if constexpr (SCORES) {
+      if (tile0 < tile1) fetch_keys(tile0);
+    }
+
+    u32 value_codes_now[TPS][HS], value_upper[TPS][HS];
+    auto fetch_values = [&](int tile) {
+#pragma unroll
+      for (int o = 0; o < TPS; o++) {
+        const u8* at = values.at<VALUE_TILE>(min(tile + o, tile1 - 1));
+#pragma unroll
+        for (int i = 0; i < HS; i++) {
+          value_codes_now[o][i] = load_word(at, value_word[i]);
+          if constexpr (VALUE_BITS > 8) value_upper[o][i] = at[16 * VGROUPS + value_word[i] / 4];
+        }
+      }
+    };
+    if constexpr (VALUES) {
+      if (tile0 < tile1) fetch_values(tile0);
+      __syncwarp();
+      for (int i = lane; i < WEIGHTS / 4; i += 32) reinterpret_cast<u32*>(weights)[i] = 0;
+      __syncwarp();
+    }
+
+    auto add_values = [&](int o) {
+      u32 w[NTV][4];
+#pragma unroll
+      for (int v = 0; v < NTV; v++) {
+        int row = min((8 * v + r) / (2 * TS), RS - 1);
+        const __half* at = weights + row * WEIGHTS_PITCH + o * 16 + 2 * t;
+        u32 near = *reinterpret_cast<const u32*>(at), far = *reinterpret_cast<const u32*>(at + 8);
+        w[v][0] = __byte_perm(near, 0, pick0), w[v][1] = __byte_perm(near, 0, pick1);
+        w[v][2] = __byte_perm(far, 0, pick0), w[v][3] = __byte_perm(far, 0, pick1);
+      }
+      auto entry = [&](int hs, int i) {
+        u32 base = value_base[hs % QPB] + (hs / QPB) * (VCENT * 128);
+        u32 upper = VALUE_BITS > 8 ? value_upper[o][hs] : 0;
+        return load_entry<2 * VC>(
+            row_at<VALUE_BITS>(base, value_codes_now[o][hs], 0x80u << (8 * i), upper, 2 * i));
+      };
+      // Registers of one entry are the two row halves of a product, as they come.
+#pragma unroll
+      for (int hs = 0; hs < HS; hs += VREGS == 1 ? 2 : 1)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          Entry e = entry(hs, i);
+          if constexpr (VREGS == 1) e.x[1] = hs + 1 < HS ? entry(hs + 1, i).x[0] : 0u;
+#pragma unroll
+          for (int j = 0; j < imax(1, VREGS / 2); j++)
+#pragma unroll
+            for (int v = 0; v < NTV; v++)
+              mma_1688(acc[VREGS == 1 ? hs / 2 : hs * (VREGS / 2) + j][v], e.x[2 * j],
+                       e.x[2 * j + 1], w[v][i]);
+        }
+    };
+
+    // A turn of the loop takes the scores of a step and the values of the step before: two
+    // independent chains, so that one hides the other's latency. The first has no values yet
+    // (weights zero), the last no scores (tokens beyond the end).
+    for (int tile = tile0; tile0 < tile1 && tile < tile1 + (VALUES ? TPS : 0); tile += TPS) {
+      float z[SG][NTK][2];
+#pragma unroll
+      for (int i = 0; i < SG * NTK * 2; i++) (&z[0][0][0])[i] = 0.f;
+
+      if constexpr (SCORES) {
+        // Queries at the step's tile starts, through shared memory: a lane owns a few channel pairs
+        // of all rows, and reads all channels of one column.
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < PP; k++) {
+          int local = 2 * (lane + 32 * k);
+          int slot, lo_lane, index, hi, step;
+          if constexpr (PAIRING == 1) {
+            int entry = local / (KC / 2);
+            slot = entry / 8, lo_lane = (entry / 2) % 4, hi = entry & 1;
+            index = local % (KC / 2), step = KC / 2;
+          } else {
+            slot = local / (4 * KC), lo_lane = (local / KC) % 4, hi = 0, index = local % KC, step = 0;
+          }
+          float2 angle[2];
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            angle[i] = ROTATE ? phase_turn(phase[k][i]) : make_float2(1.f, 0.f);
+            phase[k][i] += advance[k][i];
+          }
+#pragma unroll
+          for (int row = 0; row < RS; row++) {
+            float x[4];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              float f = first_of[row][k][i], g = second_of[row][k][i];
+              x[i] = f * angle[i].x + g * angle[i].y, x[2 + i] = g * angle[i].x - f * angle[i].y;
+            }
+            u32 start_one = pack_half2(x[0], x[1]), start_two = pack_half2(x[2], x[3]);
+#pragma unroll
+            for (int o = 0; o < TPS; o++) {
+              u32 one = start_one, two = start_two;
+              if (ROTATE && o > 0) {
+                __half2 a = as_half2(one), bb = as_half2(two);
+                __half2 cosine = as_half2(tile_cos[k][imax(0, o - 1)]);
+                __half2 sine = as_half2(tile_sin[k][imax(0, o - 1)]);
+                one = as_u32(__hfma2(a, cosine, __hmul2(bb, sine)));
+                two = as_u32(__hfma2(bb, cosine, __hneg2(__hmul2(a, sine))));
+              }
+              if (KPAIRS / 2 >= 32 * (k + 1) || local < KPAIRS) {
+                int combo = (o % NOFF) * RS + row, other = PAIRING == 1 ? hi : 1;
+                u8* at = mine + (o / NOFF) * EXCHANGE_SET + 2 * index;
+                *reinterpret_cast<u32*>(at + exchange_offset(slot, combo, hi, lo_lane)) = one;
+                *reinterpret_cast<u32*>(at + exchange_offset(slot, combo, other, lo_lane) + 2 * step) = two;
+              }
+            }
+          }
+        }
+        __syncwarp();
+        Entry query_x[NTK][QSTEPS], query_y[NTK][QSTEPS];
+#pragma unroll
+        for (int o = 0; o < TPS; o++) {
+          const int set = o / NOFF;
+          if (o % NOFF == 0) {
+#pragma unroll
+            for (int j = 0; j < NTK; j++)
+#pragma unroll
+              for (int s = 0; s < QSTEPS; s++) {
+                int combo = (8 * j + r) / ORD, order = r & (ORD - 1);
+                int slot = s ^ (order >> 1);
+                u32 at = exchange + set * EXCHANGE_SET;
+                query_x[j][s] = load_entry<2 * KC>(at + exchange_offset(slot, combo, order & 1, t));
+                query_y[j][s] = load_entry<2 * KC>(at + exchange_offset(slot, combo, 1 - (order & 1), t));
+              }
+          }
+          float c[NTK][4], d[NTK][4];
+#pragma unroll
+          for (int j = 0; j < NTK; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) c[j][i] = d[j][i] = 0.f;
+          if constexpr (PAIRING == 2) {
+            // Groups that cut pairs: the channels go through shared memory into natural order.
+            __syncwarp();
+#pragma unroll
+            for (int s = 0; s < KSTEPS; s++) {
+              int slot = s ^ swap;
+              bool real = slot < KSLOTS && (slot0 + slot) * 4 + t < KUNITS;
+#pragma unroll
+              for (int i = 0; i < 4; i++) {  // token half, lo or hi
+                int hi = i & 1, column = ((slot % KSPB) * 8 + hi * 4 + t) * (2 * KC);
+                u32 upper = KEY_BITS > 8 ? key_upper[o][s] : 0;
+                u32 at = (real ? slot / KSPB : 0) * (KCENT * 128) + column;
+                Entry e = load_entry<2 * KC>(
+                    row_at<KEY_BITS>(at, key_codes_now[o][s], key_pick[i], upper, 2 * i));
+                const u16* place = natural_place + head * KEY_DIM +
+                    (real ? (((slot0 + slot) * 4 + t) * 2 + hi) * KC : 0);
+                u16* row = reinterpret_cast<u16*>(natural) + (r + 8 * (i >> 1)) * NAT_PITCH;
+                if (real) {
+#pragma unroll
+                  for (int ch = 0; ch < KC; ch++)
+                    row[place[ch]] = static_cast<u16>(e.x[ch / 2] >> (16 * (ch & 1)));
+                }
+              }
+            }
+            __syncwarp();
+          }
+#pragma unroll
+          for (int s = 0; s < QSTEPS; s++) {
+            Entry x[2], y[2];
+            if constexpr (PAIRING == 2) {
+              int slot = s ^ swap;
+              int at = slot < QSLOTS && slot * 4 + t < KUNITS ? (slot * 4 + t) * KC : 0;
+#pragma unroll
+              for (int h = 0; h < 2; h++) {
+                const __half* row = natural + (r + 8 * h) * NAT_PITCH + at;
+#pragma unroll
+                for (int i = 0; i < KREGS; i++) {
+                  x[h].x[i] = reinterpret_cast<const u32*>(row + (r & 1) * (KEY_DIM / 2))[i];
+                  y[h].x[i] = reinterpret_cast<const u32*>(row + (1 - (r & 1)) * (KEY_DIM / 2))[i];
+                }
+              }
+            } else {
+              u32 upper = KEY_BITS > 8 ? key_upper[o][s] : 0;
+              u32 base_x = key_base[s % KSPB] + (s / KSPB) * (KCENT * 128);
+              // The other of lo and hi lies four columns away.
+              u32 base_y = base_x ^ (8 * KC);
+              u32 word = key_codes_now[o][s];
+#pragma unroll
+              for (int h = 0; h < 2; h++) {
+                int x_shift = 4 * h + 2 * (r & 1), y_shift = 4 * h + 2 - 2 * (r & 1);
+                x[h] = load_entry<2 * KC>(row_at<KEY_BITS>(base_x, word, key_pick[2 * h], upper, x_shift));
+                y[h] = load_entry<2 * KC>(row_at<KEY_BITS>(base_y, word, key_pick[2 * h + 1], upper, y_shift));
+              }
+            }
+            if constexpr (ROTATE) {
+#pragma unroll
+              for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int i = 0; i < KREGS; i++) {
+                  __half2 cosine = as_half2(turn_cos[h][s][i]), sine = as_half2(turn_sin[h][s][i]);
+                  u32 *one, *two;
+                  if constexpr (PAIRING == 1) {
+                    Entry& e = i < KREGS / 2 ? x[h] : y[h];
+                    one = &e.x[i % imax(1, KREGS / 2)];
+                    two = &e.x[i % imax(1, KREGS / 2) + KREGS / 2];
+                  } else {
+                    one = &x[h].x[i], two = &y[h].x[i];
+                  }
+                  __half2 a = as_half2(*one), bb = as_half2(*two);
+                  *one = as_u32(__hfma2(a, cosine, __hneg2(__hmul2(bb, sine))));
+                  *two = as_u32(__hfma2(bb, cosine, __hmul2(a, sine)));
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < NTK; j++) {
+              const u32 *qx = query_x[j][s].x, *qy = query_y[j][s].x;
+              if constexpr (KC == 2) {
+                mma_16816(s & 1 ? d[j] : c[j], x[0].x[0], x[1].x[0], y[0].x[0], y[1].x[0], qx[0], qy[0]);
+              } else {
+#pragma unroll
+                for (int i = 0; i < KREGS; i += 2) {
+                  mma_16816(c[j], x[0].x[i], x[1].x[i], x[0].x[i + 1], x[1].x[i + 1], qx[i], qx[i + 1]);
+                  mma_16816(d[j], y[0].x[i], y[1].x[i], y[0].x[i + 1], y[1].x[i + 1], qy[i], qy[i + 1]);
+                }
+              }
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < NTK; j++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+              float even = c[j][2 * h] + d[j][2 * h], odd = c[j][2 * h + 1] + d[j][2 * h + 1];
+              float own = r & 1 ? odd : even;
+              // A token's order is one column; its lane shares it with those of the other orders.
+              if constexpr (ORD >= 4) {
+                if (((2 * t) & (ORD - 1)) >> 1 != (r & (ORD - 1)) >> 1) own = 0.f;
+                own += __shfl_xor_sync(~0u, own, 1);
+                if constexpr (ORD == 8) own += __shfl_xor_sync(~0u, own, 2);
+              }
+              if (NOFF == 1 || my_off == o % NOFF) z[set][j][h] = own;
+            }
+          if constexpr (VALUES) add_values(o);
+        }
+        fetch_keys(tile + TPS);
+      } else {
+#pragma unroll
+        for (int o = 0; o < TPS; o++) add_values(o);
+      }
+      if constexpr (VALUES) fetch_values(tile);
+
+      // ---- scores of tokens column, column + 8 for the lane's rows ---------------------------
+      const int column = (tile + my_off) * 16 + r;  // of set 0; set g is 16 NOFF g further
+      if constexpr (MODE != 0) {
+        // Raw scores lie in scratch [key parts, batch, kv_heads, rows, columns].
+#pragma unroll
+        for (int g = 0; g < SG; g++)
+#pragma unroll
+          for (int j = 0; j < NTK; j++) {
+            int row = row0 + (my_combo + j * (8 / ORD)) % RS;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+              int at = column + 16 * NOFF * g + 8 * h;
+              if (at >= stop || (MODE == 1 && 2 * t % ORD != 0)) continue;
+#pragma unroll
+              for (int p = 0; p < (MODE == 1 ? 1 : KEY_PARTS); p++) {
+                i64 part_index = MODE == 1 ? blockIdx.z : p;
+                float* raw = scratch +
+                    (((part_index * batch + b) * kv_heads + head) * rows_padded + row) * scratch_stride;
+                if constexpr (MODE == 1) raw[at] = z[g][j][h];
+                else z[g][j][h] += raw[at];
+              }
+            }
+          }
+      }
+      if constexpr (MODE != 1) {
+        float gain[SG][2];
+        bool rises = false;
+#pragma unroll
+        for (int g = 0; g < SG; g++)
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const int at = column + 16 * NOFF * g + 8 * h;
+            bool seen = at < stop;
+            gain[g][h] = 1.f;
+            if constexpr (HAS_MASK) seen = seen && mask[b * mask_stride + min(at, stop - 1)] != 0;
+            if constexpr (HAS_GAIN) {
+              i64 place = (static_cast<i64>(b) * kv_heads + head) * gain_stride + min(at, stop - 1);
+              if (value_gain != nullptr) gain[g][h] = __half2float(value_gain[place]);
+              if (key_gain != nullptr) {
+#pragma unroll
+                for (int j = 0; j < NTK; j++) z[g][j][h] *= __half2float(key_gain[place]);
+              }
+            }
+#pragma unroll
+            for (int j = 0; j < NTK; j++) {
+              if constexpr (SOFTCAP) {  // query_scale holds 1 / cap, `cap` the factor to base 2
+                float e = exp2_fast(-2.885390081777927f * fabsf(z[g][j][h]));
+                z[g][j][h] = copysignf(cap * (1.f - e) / (1.f + e), z[g][j][h]);
+              }
+              if (!seen || at < row_begin[j]) z[g][j][h] = __int_as_float(0xff800000);
+              rises |= z[g][j][h] > peak[j] + 8.f;
+            }
+          }
+        // Weights may reach 2^8 before the maximum follows: rescaling stays out of the hot path.
+        if (__any_sync(~0u, rises)) {
+          float factor[NTK];
+#pragma unroll
+          for (int j = 0; j < NTK; j++) {
+            float top = peak[j];
+#pragma unroll
+            for (int g = 0; g < SG; g++) top = fmaxf(top, fmaxf(z[g][j][0], z[g][j][1]));
+            for (int bit = 4; bit < 32; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
+            // Lanes of other t that hold the same row.
+            if constexpr (ORD >= 4 || (ORD == 2 && RS == 1))
+              top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+            if constexpr (ORD == 8 || (ORD == 2 && RS <= 2) || (ORD == 4 && RS == 1))
+              top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+            factor[j] = exp2_fast(peak[j] - top);
+            peak[j] = top, sum[j] *= factor[j];
+          }
+#pragma unroll
+          for (int v = 0; v < NTV; v++) {
+            // Column 8 v + 2 t belongs to this row; a lane that holds its factor:
+            int row = (8 * v + 2 * t) / (2 * TS);
+            int j = row * ORD / 8, holder = (row * ORD % 8) / 2;
+            float f = 0.f;
+#pragma unroll
+            for (int i = 0; i < NTK; i++) {
+              float candidate = __shfl_sync(~0u, factor[i], holder);
+              if (i == j) f = candidate;
+            }
+#pragma unroll
+            for (int k = 0; k < MT; k++)
+#pragma unroll
+              for (int e = 0; e < 4; e++) acc[k][v][e] *= f;
+          }
+        }
+        __syncwarp();
+#pragma unroll
+        for (int g = 0; g < SG; g++)
+#pragma unroll
+          for (int j = 0; j < NTK; j++) {
+            float p0 = exp2_fast(z[g][j][0] - peak[j]), p1 = exp2_fast(z[g][j][1] - peak[j]);
+            sum[j] += p0 + p1;
+            int row = (my_combo + j * (8 / ORD)) % RS;
+            __half* at = weights + row * WEIGHTS_PITCH + (g * NOFF + my_off) * 16 + r;
+            at[0] = __float2half_rn(p0 * gain[g][0]), at[8] = __float2half_rn(p1 * gain[g][1]);
+          }
+        __syncwarp();
+
+        // ---- values -------------------------------------------------------------------------
+      }
+    }
+
+    // ---- what this unit found ---------------------------------------------------------------
+    if constexpr (MODE != 1) {
+#pragma unroll
+      for (int row = 0; row < RS; row++) {
+        float top = NEVER, l = 0.f;
+#pragma unroll
+        for (int j = 0; j < NTK; j++)
+          if ((my_combo + j * (8 / ORD)) % RS == row) {
+            top = fmaxf(top, peak[j]);
+            if (2 * t % ORD == 0) l += sum[j];
+          }
+        for (int bit = 1; bit < 32; bit <<= 1) {
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
+          l += __shfl_xor_sync(~0u, l, bit);
+        }
+        if (team) {
+          if (lane == 0) team_ml[warp][row] = make_float2(top, l);
+        } else if (lane == 0 && (MODE == 0 || blockIdx.z == 0)) {
+          part_ml[part_row * rows_padded + row0 + row] = make_float2(top, l);
+        }
+      }
+      float* buffer = reinterpret_cast<float*>(mine);
+      constexpr int WIDTH = VBLOCKS * NB * VC;
+      const int width = min(WIDTH, VALUE_DIM - block0 * NB * VC);
+#pragma unroll
+      for (int v = 0; v < NTV; v++) {
+        __syncwarp();
+#pragma unroll
+        for (int u = 0; u < TS; u++) {
+          if (t % TS == u) {
+            int row = ((2 * t) / (2 * TS)) % RPT;
+#pragma unroll
+            for (int hs = 0; hs < HS; hs++) {
+              int column = (r + 8 * (hs % QPB) + ST * u) & (NB - 1);
+              int group = (hs / QPB) * NB + column;
+              if ((block0 * NB + group) < VGROUPS) {
+#pragma unroll
+                for (int i = 0; i < VC; i++) {
+                  // Register i / 2 of the entry, parity i % 2.
+                  int m = VREGS == 1 ? hs / 2 : hs * (VREGS / 2) + i / 4;
+                  int e = VREGS == 1 ? (hs & 1) * 2 + i : i % 4;
+                  float* at = buffer + row * VALUE_DIM + group * VC + i;
+                  *at = u == 0 ? acc[m][v][e] : *at + acc[m][v][e];
+                }
+              }
+            }
+          }
+          __syncwarp();
+        }
+        if (team) __syncthreads();
+#pragma unroll
+        for (int row = 0; row < RPT; row++) {
+          const int own = v * RPT + row;
+          if (own < RS) {
+            float* out = part_out + (part_row * rows_padded + row0 + own) * VALUE_DIM + block0 * NB * VC;
+            if (team) {
+              float top = NEVER, l = 0.f;
+              for (int w = 0; w < WARPS; w++) top = fmaxf(top, team_ml[w][own].x);
+              for (int w = 0; w < WARPS; w++) l += team_ml[w][own].y * exp2_fast(team_ml[w][own].x - top);
+              if (threadIdx.x == 0 && (MODE == 0 || blockIdx.z == 0))
+                part_ml[part_row * rows_padded + row0 + own] = make_float2(top, l);
+              for (int i = threadIdx.x; i < width; i += WARPS * 32) {
+                float x = 0.f;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++)
+                  x += exp2_fast(team_ml[w][own].x - top) *
+                      reinterpret_cast<const float*>(smem + KEY_SMEM + VALUE_SMEM + w * WARP_SMEM)[row * VALUE_DIM + i];
+                out[i] = x;
+              }
+            } else {
+              for (int i = lane; i < width; i += 32) out[i] = buffer[row * VALUE_DIM + i];
+            }
+          }
+        }
+        if (team) __syncthreads();
+      }
+      __syncwarp();
+      if constexpr (SCORES) {
+        // The buffer lay over the queries, whose padding must be zero.
+        if (KUNITS % 4 != 0 || QSTEPS != QSLOTS || KSLOTS * KEY_PARTS != KSLOTS_ALL)
+          for (int i = lane; i < EXCHANGE / 4; i += 32) reinterpret_cast<u32*>(mine)[i] = 0;
+      }
+    }
+  }
+}

@@ -1,0 +1,131 @@
+"""What the decode kernels read of one layer: tables, channel maps and RoPE's steps, on the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cqtool.geometry import KeyRotation
+from cqtool.kernels.layout import (
+    CodeFormat,
+    KeyPlan,
+    key_table,
+    natural_pairs,
+    phase_steps,
+    plan_keys,
+    turn_table,
+    value_table,
+)
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """One RoPE table, as a layer's kernels want it.
+
+    Attributes:
+        steps: int64 ``[kv_heads, key_dim / 2]``, see :func:`layout.phase_steps`.
+        turns: float16 ``[kv_heads, 23, 2, key_dim / 2]``, see :func:`layout.turn_table`.
+        scale: factor on turned keys (YaRN's attention_scaling).
+    """
+
+    steps: Tensor
+    turns: Tensor
+    scale: float = 1.0
+
+
+class LayerTables:
+    """One layer's codebooks in the kernels' layout.
+
+    Args:
+        key_codebook: ``[kv_heads, groups, centroids, channels]`` of keys before RoPE.
+        value_codebook: the same of values.
+        rotation: how RoPE pairs the channels of a key head.
+        key_permutation: int ``[kv_heads, key_dim]`` or ``[key_dim]``: the model channel of each
+            codebook channel, None for the identity.
+        value_permutation: the same for values.
+
+    Raises:
+        ValueError: no kernel takes such codebooks; the sentence says why.
+    """
+
+    def __init__(
+        self,
+        key_codebook: Tensor,
+        value_codebook: Tensor,
+        rotation: KeyRotation,
+        key_permutation: Tensor | None = None,
+        value_permutation: Tensor | None = None,
+    ) -> None:
+        self.key_format, self.value_format = _format(key_codebook), _format(value_codebook)
+        for format in (self.key_format, self.value_format):
+            if reason := format.unsupported():
+                raise ValueError(reason)
+        self.rotation = rotation
+        self.kv_heads = key_codebook.shape[0]
+        device = key_codebook.device
+        self.plans = _plans(self.key_format, rotation, key_permutation, self.kv_heads)
+        self.pairing = self.plans[0].pairing
+        self.key_table = torch.cat(
+            [key_table(key_codebook[h : h + 1], plan) for h, plan in enumerate(self.plans)]
+        ).contiguous()
+        self.value_table = value_table(value_codebook, self.value_format).contiguous()
+        maps = [_channel_maps(plan, rotation) for plan in self.plans]
+        self.pair_channels = torch.stack([pairs for pairs, _ in maps]).int().to(device)
+        self.natural_place = torch.stack([place for _, place in maps]).short().to(device)
+        if value_permutation is None:
+            value_permutation = torch.arange(self.value_format.head_dim)
+        self.value_channels = (
+            value_permutation.int().expand(self.kv_heads, -1).contiguous().to(device)
+        )
+        self._no_rope = self.rope(torch.zeros(rotation.dim // 2))
+
+    def rope(self, inv_freq: Tensor, scale: float = 1.0) -> RopeTable:
+        """A RoPE table for this layer.
+
+        Args:
+            inv_freq: ``[rotation.dim / 2]`` radians a token.
+            scale: factor on turned keys.
+        """
+        device = self.key_table.device
+        steps = torch.stack([phase_steps(inv_freq, plan) for plan in self.plans])
+        turns = torch.stack([turn_table(inv_freq, plan) for plan in self.plans])
+        return RopeTable(steps.to(device), turns.to(device), scale)
+
+    @property
+    def no_rope(self) -> RopeTable:
+        """The table of a layer whose keys are not turned."""
+        return self._no_rope
+
+
+def _format(codebook: Tensor) -> CodeFormat:
+    _, groups, centroids, channels = codebook.shape
+    return CodeFormat(groups * channels, channels, centroids.bit_length() - 1)
+
+
+def _plans(
+    format: CodeFormat, rotation: KeyRotation, permutation: Tensor | None, kv_heads: int
+) -> list[KeyPlan]:
+    if permutation is None:
+        return [plan_keys(format, rotation)] * kv_heads
+    rows = permutation.expand(kv_heads, -1).tolist()
+    plans = [plan_keys(format, rotation, tuple(row)) for row in rows]
+    if len({plan.pairing for plan in plans}) > 1:
+        # One kernel serves all heads of a layer.
+        plans = [plan_keys(format, rotation, tuple(row), scatter=True) for row in rows]
+    return plans
+
+
+def _channel_maps(plan: KeyPlan, rotation: KeyRotation) -> tuple[Tensor, Tensor]:
+    """Each pair's model channels ``[dim / 2, 2]``, and where "scatter" puts kernel channels."""
+    channels, dim = torch.tensor(plan.channels), plan.format.head_dim
+    if plan.pairing == "scatter":
+        firsts, seconds = (torch.tensor(part) for part in natural_pairs(plan, rotation))
+        place = torch.empty(dim, dtype=torch.long)
+        place[firsts] = torch.arange(dim // 2)
+        place[seconds] = torch.arange(dim // 2) + dim // 2
+        return torch.stack((firsts, seconds), dim=1), place[channels]
+    part = plan.format.channels if plan.pairing == "paired" else plan.format.channels // 2
+    pairs = channels.view(-1, 2, part)
+    return torch.stack((pairs[:, 0].flatten(), pairs[:, 1].flatten()), dim=1), torch.zeros(dim)
