@@ -1,0 +1,68 @@
+"""Every decode kernel compiles for every architecture, fits, and keeps to its registers."""
+
+from __future__ import annotations
+
+import pytest
+
+from cqtool.kernels.build import compile_variant
+from cqtool.kernels.decode.config import SHARED_BYTES, DecodeCase, choose, share
+from cqtool.kernels.decode.op import variants
+from cqtool.kernels.variants import ARCHITECTURES, Variant
+
+FORMATS = {"8c8b": (8, 8), "4c8b": (4, 8), "2c8b": (2, 8), "8c10b": (8, 10)}
+# Spilled bytes that were measured and accepted: 2-channel groups keep twice the addresses.
+ALLOWED = {"2c8b": 64}
+
+
+def _case(name: str, rows: int, dim: int = 128) -> DecodeCase:
+    channels, bits = FORMATS[name]
+    return DecodeCase(dim, dim, channels, bits, channels, bits, rows)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_decode_compiles_without_spills(name: str, rows: int, arch: str) -> None:
+    capability = int(arch.removeprefix("sm_"))
+    launch = choose(_case(name, rows), capability)
+    if launch is None:
+        # 10-bit tables of one slot (128 KiB) exceed these GPUs' shared memory.
+        assert name == "8c10b" and SHARED_BYTES[capability] < 128
+        return
+    for mode, variant in variants(launch):
+        assert launch.shared_bytes(mode != 2, mode != 1) <= SHARED_BYTES[capability] * 1024
+        (usage,) = compile_variant(variant, arch).usage.values()
+        assert usage.registers * launch.warps * 32 <= 65536
+        assert usage.spill_stores <= ALLOWED.get(name, 0), f"{variant}: {usage}"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dim, rows", [(64, 1), (80, 4), (128, 8), (256, 4), (256, 8)])
+def test_finish_compiles_without_spills(dim: int, rows: int, arch: str) -> None:
+    launch = choose(_case("8c8b", rows, dim), 90)
+    assert launch is not None
+    variant = Variant("decode/finish.cu", launch.finish_defines())
+    (usage,) = compile_variant(variant, arch).usage.values()
+    assert usage.spill_stores == 0 and usage.shared <= 48 * 1024
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+def test_hopper_has_a_kernel_for_everything(dim: int, name: str, rows: int) -> None:
+    launch = choose(_case(name, rows, dim), 90)
+    assert launch is not None
+    largest = max(launch.shared_bytes(mode != 2, mode != 1) for mode, _ in variants(launch))
+    assert largest <= 227 * 1024
+
+
+@pytest.mark.parametrize("batch, heads, tokens", [(16, 32, 8192), (1, 8, 131072), (300, 32, 500)])
+def test_work_is_shared_evenly(batch: int, heads: int, tokens: int) -> None:
+    launch = choose(_case("8c8b", 1), 90)
+    assert launch is not None
+    cut = share(batch, heads, tokens, launch, 132)
+    workers = cut.parts * (1 if cut.team else launch.warps)
+    units = batch * cut.splits
+    rounds = -(-units // workers)
+    assert units / (rounds * workers) > 0.8  # of the warps are busy
+    assert cut.parts * heads <= 132
