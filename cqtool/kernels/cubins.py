@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cqtool.errors import EnvironmentProblem, KernelError
-from cqtool.files import atomic_file, cache_root, sha256_file, write_json
+from cqtool.files import atomic_file, cache_root
 from cqtool.kernels.build import compile_variant
 from cqtool.kernels.variants import (
     ARCHITECTURES,
@@ -66,32 +66,51 @@ def ship(
         KernelError: a variant cannot be compiled.
         EnvironmentProblem: the folder cannot be written.
     """
-    text = read_sources(root)
     architectures = list(architectures)
-    written: list[Path] = []
+    compiled = [
+        (variant, arch, compile_variant(variant, arch, root).cubin)
+        for variant in variants
+        for arch in architectures
+    ]
+    written = []
+    for name, data in shipped_files(compiled, read_sources(root)).items():
+        written.append(folder / name)
+        with atomic_file(written[-1]) as temporary:
+            temporary.write_bytes(data)
+    return written
+
+
+def shipped_files(
+    compiled: Iterable[tuple[Variant, str, bytes]], source_text: str, compiler: str | None = None
+) -> dict[str, bytes]:
+    """The files of a folder that ships cubins, by relative path: the cubins, then the index.
+
+    Args:
+        compiled: variants, the architectures they were compiled for, and their cubins.
+        source_text: what they were compiled from, from :func:`read_sources`.
+        compiler: what compiled them, for people.
+    """
+    files: dict[str, bytes] = {}
     entries: list[dict[str, Any]] = []
-    for variant in variants:
-        for arch in architectures:
-            cubin = compile_variant(variant, arch, root).cubin
-            written.append(_shipped_path(folder, variant, arch))
-            with atomic_file(written[-1]) as temporary:
-                temporary.write_bytes(cubin)
-            entries.append(
-                {
-                    "name": variant.name,
-                    "arch": arch,
-                    "source": variant.source,
-                    "defines": dict(variant.defines),
-                    "source_digest": variant.digest(text, arch),
-                    "sha256": hashlib.sha256(cubin).hexdigest(),
-                }
-            )
-    write_json(folder / INDEX, {"format": _FORMAT, "cubins": entries})
-    return [*written, folder / INDEX]
+    for variant, arch, cubin in compiled:
+        files[_shipped_name(variant, arch)] = cubin
+        entries.append(
+            {
+                "name": variant.name,
+                "arch": arch,
+                "source": variant.source,
+                "defines": dict(variant.defines),
+                "source_digest": variant.digest(source_text, arch),
+                "sha256": hashlib.sha256(cubin).hexdigest(),
+            }
+        )
+    index = {"format": _FORMAT, "compiler": compiler, "cubins": entries}
+    files[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    return files
 
 
-def _shipped_path(folder: Path, variant: Variant, arch: str) -> Path:
-    return folder / "cubin" / f"{variant.name}.{arch}.cubin"
+def _shipped_name(variant: Variant, arch: str) -> str:
+    return f"cubin/{variant.name}.{arch}.cubin"
 
 
 def shipped_index(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -100,16 +119,34 @@ def shipped_index(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     Raises:
         KernelError: there is no index, or it is not one.
     """
+    return {(entry["name"], entry["arch"]): entry for entry in _read_index(folder)["cubins"]}
+
+
+def shipped_compiler(folder: Path) -> str | None:
+    """What compiled a folder's cubins, as :func:`shipped_files` was told.
+
+    Raises:
+        KernelError: as :func:`shipped_index`.
+    """
+    compiler = _read_index(folder).get("compiler")
+    return compiler if isinstance(compiler, str) else None
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if index["format"] != _FORMAT:
             raise ValueError(f"format {index['format']}")
-        return {(entry["name"], entry["arch"]): entry for entry in index["cubins"]}
+        for entry in index["cubins"]:
+            missing = {"name", "arch", "source", "defines", "source_digest", "sha256"} - {*entry}
+            if missing:
+                raise ValueError(f"no {min(missing)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise KernelError(
             f"The compiled kernels in {folder} have no readable {INDEX} ({error}); download or "
             "export the artifact again."
         ) from error
+    return index
 
 
 def find_shipped(
@@ -128,13 +165,14 @@ def find_shipped(
     entry = index[variant.name, arch]
     if entry.get("source_digest") != variant.digest(source_text, arch):
         raise KernelError(f"{variant.name} for {arch} in {folder} was compiled from other sources.")
-    path = _shipped_path(folder, variant, arch)
+    path = folder / _shipped_name(variant, arch)
     try:
-        if sha256_file(path) != entry.get("sha256"):
-            raise KernelError(f"{path} is damaged; download or export the artifact again.")
-        return arch, path.read_bytes()
+        cubin = path.read_bytes()
     except OSError as error:
         raise KernelError(f"{path} cannot be read ({error.strerror}).") from error
+    if hashlib.sha256(cubin).hexdigest() != entry.get("sha256"):
+        raise KernelError(f"{path} is damaged; download or export the artifact again.")
+    return arch, cubin
 
 
 def cache_folder() -> Path:

@@ -71,16 +71,12 @@ class DecodeLaunch:
     order: int
     select: int
     copies: int
+    tiles: int
 
     @property
     def offsets(self) -> int:
         """Tiles whose queries one set of B fragments holds."""
         return max(1, 8 // self.order // self.case.row_block)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles a warp takes in one step."""
-        return max(self.offsets, 4 if self.case.row_block <= 2 else 2)
 
     @property
     def key_table(self) -> int:
@@ -179,9 +175,11 @@ def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
     order = orders if rows * orders <= 16 else 2
     # Fewer warps with all registers beat more with spills: 12 were 10 % slower on an H100.
     warps = 8
+    # Tiles of a step: enough to pay for what a step costs, as far as registers go.
+    tiles = max(4 if rows <= 2 else 2, 8 // order // rows)
     # Columns by which lanes are told apart, and copies of the tables for the rest of them.
     selects = {1: ((4, 1),), 2: ((2, 2), (4, 1)), 4: ((2, 2), (2, 1)), 8: ((1, 2), (1, 1))}[rows]
-    launch = DecodeLaunch(case, True, 1, 1, warps, order, *selects[0])
+    launch = DecodeLaunch(case, True, 1, 1, warps, order, *selects[0], tiles)
     if launch.shared_bytes(True, True) <= limit and case.key_dim <= 192:
         return launch
     slots = _ceil(case.key_dim // (2 * case.key_channels), 4)
@@ -190,7 +188,7 @@ def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
     for key_parts in range(1, slots + 1):
         if slots % key_parts or (key_parts > 1 and (slots // key_parts) % per_table):
             continue
-        trial = DecodeLaunch(case, False, key_parts, 1, warps, order, *selects[0])
+        trial = DecodeLaunch(case, False, key_parts, 1, warps, order, *selects[0], tiles)
         if trial.shared_bytes(True, False) <= limit:
             break
     else:
@@ -199,7 +197,9 @@ def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
         if blocks % value_parts:
             continue
         for select, copies in selects:
-            trial = DecodeLaunch(case, False, key_parts, value_parts, warps, order, select, copies)
+            trial = DecodeLaunch(
+                case, False, key_parts, value_parts, warps, order, select, copies, tiles
+            )
             if trial.shared_bytes(False, True) <= limit and case.value_dim // value_parts <= 128:
                 return trial
     return None

@@ -41,7 +41,7 @@ DEVICE float warp_sum(float x) {
 // query, out: element strides (batch, head, token). recent and sink keys and values:
 // [batch, kv_heads, capacity or sinks, dim] with strides (batch, head), tokens `dim` apart.
 // value_channels [kv_heads, D]: the model channel of each channel of part_out.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 cq_finish(const float* __restrict__ part_out, const float2* __restrict__ part_ml,
           const element* __restrict__ query, i64 query_b, i64 query_h, i64 query_l,
           const element* __restrict__ recent_keys, const element* __restrict__ recent_values,
@@ -63,6 +63,58 @@ cq_finish(const float* __restrict__ part_out, const float2* __restrict__ part_ml
 
   allow_next_kernel();
   wait_for_previous_kernel();
+  // Parts: a warp takes one row and every STRIDE-th part of it, CHUNK of them in flight.
+  constexpr int STRIDE = WARPS / RS > 0 ? WARPS / RS : 1, CHUNK = 4;
+  const i64 parts = (static_cast<i64>(b) * kv_heads + head) * splits;
+#pragma unroll
+  for (int pass = 0; pass < PASSES; pass++) {
+    const int row = warp % RS + pass * WARPS, index = row0 + row;
+    float high = NEVER, l = 0.f;
+    float2 extra[VN];
+#pragma unroll
+    for (int i = 0; i < VN; i++) extra[i] = make_float2(0.f, 0.f);
+    for (int s0 = warp / RS; s0 < splits; s0 += STRIDE * CHUNK) {
+      float2 ml[CHUNK], x[CHUNK][VN];
+#pragma unroll
+      for (int c = 0; c < CHUNK; c++) {
+        i64 at = (parts + min(s0 + c * STRIDE, splits - 1)) * rows_padded + index;
+        ml[c] = part_ml[at];
+        if (s0 + c * STRIDE >= splits) ml[c].y = 0.f;
+#pragma unroll
+        for (int i = 0; i < VN; i++)
+          if (lane + 32 * i < D / 2)
+            x[c][i] = reinterpret_cast<const float2*>(part_out + at * D)[lane + 32 * i];
+      }
+      float top = high;
+#pragma unroll
+      for (int c = 0; c < CHUNK; c++)
+        if (ml[c].y > 0.f) top = fmaxf(top, ml[c].x);
+      float keep = exp2_fast(high - top);
+      high = top, l *= keep;
+#pragma unroll
+      for (int i = 0; i < VN; i++) extra[i].x *= keep, extra[i].y *= keep;
+#pragma unroll
+      for (int c = 0; c < CHUNK; c++) {
+        // A part without tokens holds whatever was there before.
+        if (!(ml[c].y > 0.f)) continue;
+        float f = exp2_fast(ml[c].x - high);
+        l += ml[c].y * f;
+#pragma unroll
+        for (int i = 0; i < VN; i++)
+          if (lane + 32 * i < D / 2)
+            extra[i].x += f * x[c][i].x, extra[i].y += f * x[c][i].y;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < VN; i++)
+      if (lane + 32 * i < D / 2) {
+        const int* channel = value_channels + head * D + 2 * (lane + 32 * i);
+        coded_out[warp][pass][channel[0]] = extra[i].x;
+        coded_out[warp][pass][channel[1]] = extra[i].y;
+      }
+    if (lane == 0) coded_top[warp][pass] = high, coded_sum[warp][pass] = l;
+  }
+
   const int begin = first[b], code_end = coded[b], end = total[b];
   const int oldest_query = end - query_length;
   float2 q[RS][KN];
@@ -136,9 +188,6 @@ cq_finish(const float* __restrict__ part_out, const float2* __restrict__ part_ml
     }
   }
 
-  // Parts: a warp takes one row and every STRIDE-th part of it, all loads independent.
-  constexpr int STRIDE = WARPS / RS > 0 ? WARPS / RS : 1;
-  const i64 parts = (static_cast<i64>(b) * kv_heads + head) * splits;
 #pragma unroll
   for (int row = 0; row < RS; row++) {
     if (lane == 0) tops[row][warp] = top[row], sums[row][warp] = sum[row];
@@ -148,41 +197,6 @@ cq_finish(const float* __restrict__ part_out, const float2* __restrict__ part_ml
         if (lane + 32 * i < D / 2)
           *reinterpret_cast<float2*>(&merged[row][warp][2 * (lane + 32 * i)]) = o[row][i];
     }
-  }
-#pragma unroll
-  for (int pass = 0; pass < PASSES; pass++) {
-    const int row = warp % RS + pass * WARPS, index = row0 + row;
-    float high = NEVER, l = 0.f;
-    for (int s = lane; s < splits; s += 32) {
-      float2 ml = part_ml[(parts + s) * rows_padded + index];
-      if (ml.y > 0.f) high = fmaxf(high, ml.x);
-    }
-    for (int bit = 16; bit; bit >>= 1) high = fmaxf(high, __shfl_xor_sync(~0u, high, bit));
-    float2 extra[VN];
-#pragma unroll
-    for (int i = 0; i < VN; i++) extra[i] = make_float2(0.f, 0.f);
-#pragma unroll 8
-    for (int s = warp / RS; s < splits; s += STRIDE) {
-      i64 at = (parts + s) * rows_padded + index;
-      float2 ml = part_ml[at];
-      float f = ml.y > 0.f ? exp2_fast(ml.x - high) : 0.f;
-      l += ml.y > 0.f ? ml.y * f : 0.f;
-#pragma unroll
-      for (int i = 0; i < VN; i++)
-        if (lane + 32 * i < D / 2) {
-          float2 x = reinterpret_cast<const float2*>(part_out + at * D)[lane + 32 * i];
-          // A part without tokens holds whatever was there before.
-          extra[i].x += f > 0.f ? f * x.x : 0.f, extra[i].y += f > 0.f ? f * x.y : 0.f;
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < VN; i++)
-      if (lane + 32 * i < D / 2) {
-        const int* channel = value_channels + head * D + 2 * (lane + 32 * i);
-        coded_out[warp][pass][channel[0]] = extra[i].x;
-        coded_out[warp][pass][channel[1]] = extra[i].y;
-      }
-    if (lane == 0) coded_top[warp][pass] = high, coded_sum[warp][pass] = l;
   }
   __syncthreads();
   for (int i = threadIdx.x; i < rows * D; i += WARPS * 32) {
