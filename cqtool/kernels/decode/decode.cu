@@ -490,6 +490,13 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
         }
     };
 
+    // Raw scores lie in scratch [key parts, batch, kv_heads, rows, columns].
+    auto raw_scores = [&](int key_part, int j) {
+      int row = row0 + (my_combo + j * (8 / ORD)) % RS;
+      i64 index = ((static_cast<i64>(key_part) * batch + b) * kv_heads + head) * rows_padded + row;
+      return scratch + index * scratch_stride;
+    };
+
     // A turn of the loop takes the scores of a step and the values of the step before: two
     // independent chains, so that one hides the other's latency. The first has no values yet
     // (weights zero), the last no scores (tokens beyond the end).
@@ -498,6 +505,20 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 #pragma unroll
       for (int i = 0; i < SG * NTK * 2; i++) (&z[0][0][0])[i] = 0.f;
 
+      const int column = (tile + my_off) * 16 + r;  // of set 0; set g is 16 NOFF g further
+      if constexpr (MODE == 2) {
+        // Under way while the values of the step before are added.
+#pragma unroll
+        for (int g = 0; g < SG; g++)
+#pragma unroll
+          for (int j = 0; j < NTK; j++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+              int at = min(column + 16 * NOFF * g + 8 * h, stop - 1);
+#pragma unroll
+              for (int p = 0; p < KEY_PARTS; p++) z[g][j][h] += raw_scores(p, j)[at];
+            }
+      }
       if constexpr (SCORES) {
         // Queries at the step's tile starts, through shared memory: a lane owns a few channel pairs
         // of all rows, and reads all channels of one column.
@@ -680,28 +701,16 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       if constexpr (VALUES) fetch_values(tile);
 
       // ---- scores of tokens column, column + 8 for the lane's rows ---------------------------
-      const int column = (tile + my_off) * 16 + r;  // of set 0; set g is 16 NOFF g further
-      if constexpr (MODE != 0) {
-        // Raw scores lie in scratch [key parts, batch, kv_heads, rows, columns].
+      if constexpr (MODE == 1) {
 #pragma unroll
         for (int g = 0; g < SG; g++)
 #pragma unroll
-          for (int j = 0; j < NTK; j++) {
-            int row = row0 + (my_combo + j * (8 / ORD)) % RS;
+          for (int j = 0; j < NTK; j++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
               int at = column + 16 * NOFF * g + 8 * h;
-              if (at >= stop || (MODE == 1 && 2 * t % ORD != 0)) continue;
-#pragma unroll
-              for (int p = 0; p < (MODE == 1 ? 1 : KEY_PARTS); p++) {
-                i64 part_index = MODE == 1 ? blockIdx.z : p;
-                float* raw = scratch +
-                    (((part_index * batch + b) * kv_heads + head) * rows_padded + row) * scratch_stride;
-                if constexpr (MODE == 1) raw[at] = z[g][j][h];
-                else z[g][j][h] += raw[at];
-              }
+              if (at < stop && 2 * t % ORD == 0) raw_scores(blockIdx.z, j)[at] = z[g][j][h];
             }
-          }
       }
       if constexpr (MODE != 1) {
         float gain[SG][2];

@@ -1,0 +1,148 @@
+"""Cache formats of a benchmark: by name with random codebooks, or an artifact's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cqtool.bench.shapes import Shape
+from cqtool.errors import ArtifactError, RecipeError
+from cqtool.geometry import KeyRotation, ModelGeometry
+from cqtool.spec import KINDS, CacheSpec, CQSpec, Kind
+
+
+@dataclass(frozen=True)
+class BenchFormat:
+    """A cache format with the codebooks to run it.
+
+    Attributes:
+        spec: codes, window and sinks.
+        codebooks: per layer the key and value codebook ``[kv_heads, groups, centroids, channels]``,
+            float16 on the CPU; None for random ones.
+        geometry: of the artifact's cache, None for random codebooks.
+        source: the artifact, None for random codebooks.
+    """
+
+    spec: CacheSpec
+    codebooks: tuple[tuple[Tensor, Tensor], ...] | None = None
+    geometry: ModelGeometry | None = None
+    source: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The format's name."""
+        return self.spec.name
+
+    def layer_codebooks(
+        self, layer: int, kv_heads: int, head_dim: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Key and value codebook of a layer, on the generator's device.
+
+        Random centroids are normal with variance one, which is about how keys and values of a model
+        with random weights are distributed.
+        """
+        device = generator.device
+        if self.codebooks is not None:
+            key, value = self.codebooks[layer]
+            return key.to(device), value.to(device)
+        key, value = (
+            torch.randn(
+                kv_heads,
+                head_dim // code.channels,
+                code.centroids,
+                code.channels,
+                generator=generator,
+                device=device,
+            ).half()
+            for code in (self.spec.key, self.spec.value)
+        )
+        return key, value
+
+    def rotation(self, layer: int, rotary_dim: int) -> KeyRotation:
+        """How a layer's keys are turned: the artifact's own, else pairs as Llama has them."""
+        if self.geometry is not None:
+            return self.geometry.layers[layer].rotation
+        return KeyRotation("half", rotary_dim, 0, 0)
+
+
+def parse_formats(names: Sequence[str], window: int = 0, sinks: int = 0) -> list[BenchFormat]:
+    """Formats by name, such as ``cq-8c8b`` or ``k-cq-4c8b-v-cq-8c8b``.
+
+    Raises:
+        RecipeError: a name is none.
+    """
+    return [BenchFormat(_parse(name, window, sinks)) for name in names]
+
+
+def _parse(name: str, window: int, sinks: int) -> CacheSpec:
+    if name.startswith("k-") and "-v-" in name:
+        key, value = name.removeprefix("k-").split("-v-", 1)
+        return CacheSpec(CQSpec.parse(key), CQSpec.parse(value), window, sinks)
+    code = CQSpec.parse(name)
+    return CacheSpec(code, code, window, sinks)
+
+
+def require_divisible(format: BenchFormat, shape: Shape) -> None:
+    """Refuse a format whose groups do not fill the heads of a shape.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    for kind in KINDS:
+        channels = format.spec.code(kind).channels
+        if shape.head_dim % channels:
+            raise RecipeError(
+                f"{format.name} cannot code {shape.name}: {shape.head_dim} channels do not divide "
+                f"into groups of {channels}. Choose another --format."
+            )
+
+
+def open_artifact(path: str) -> BenchFormat:
+    """Read an artifact's (or calibration folder's) configuration and codebooks.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+        HubError: the repository cannot be reached.
+    """
+    from safetensors.torch import load_file
+
+    from cqtool.cache.loading import resolve
+    from cqtool.layout.codebook_file import check_codebooks
+    from cqtool.layout.config import CODEBOOKS_NAME, codebook_name, read_config
+
+    folder: Path = resolve(path, None)
+    config = read_config(folder)
+    check_codebooks(folder, config)
+    tensors = load_file(folder / CODEBOOKS_NAME)
+
+    def codebook(layer: int, kind: Kind) -> Tensor:
+        return tensors[codebook_name(layer, kind)].half()
+
+    layers = range(len(config.geometry.layers))
+    codebooks = tuple((codebook(layer, "key"), codebook(layer, "value")) for layer in layers)
+    return BenchFormat(config.cache, codebooks, config.geometry, path)
+
+
+def require_geometry(format: BenchFormat, shape: Shape) -> None:
+    """Refuse an artifact whose cache has other shapes than the model.
+
+    Raises:
+        ArtifactError: it has.
+    """
+    found = format.geometry
+    if found is None:
+        return
+    own = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in found.layers]
+    wanted = [(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
+    if own != wanted or found.query_heads != shape.heads:
+        first = found.layers[0]
+        raise ArtifactError(
+            f"{format.source} has {len(own)} layers of {first.kv_heads} kv heads with "
+            f"{first.key_dim} channels for {found.query_heads} query heads, and {shape.name} has "
+            f"{shape.layers} of {shape.kv_heads} with {shape.head_dim} for {shape.heads}; give the "
+            "shape of the artifact's base model."
+        )

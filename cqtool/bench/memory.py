@@ -1,0 +1,88 @@
+"""Peak memory of a piece of work, as torch counts it and as the driver does."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from cqtool.errors import KernelError
+
+
+@dataclass
+class PeakMemory:
+    """Bytes on one GPU; all None on a CPU, where torch does not count them.
+
+    Attributes:
+        torch_peak_bytes: most that tensors took at once, weights included.
+        torch_reserved_bytes: most that torch had taken from the driver at once.
+        driver_before_bytes: in use before the work, of every process on the GPU.
+        driver_peak_bytes: in use after it, before torch gave anything back: torch keeps what it has
+            once taken, so this is the peak that nvidia-smi shows.
+    """
+
+    torch_peak_bytes: int | None = None
+    torch_reserved_bytes: int | None = None
+    driver_before_bytes: int | None = None
+    driver_peak_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return asdict(self)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
+    """Measure the work inside the block; the figures are there when it ends."""
+    found = PeakMemory()
+    if device.type != "cuda":
+        yield found
+        return
+    release_memory(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    found.driver_before_bytes = _in_use(device)
+    yield found
+    torch.cuda.synchronize(device)
+    found.torch_peak_bytes = torch.cuda.max_memory_allocated(device)
+    found.torch_reserved_bytes = torch.cuda.max_memory_reserved(device)
+    found.driver_peak_bytes = _in_use(device)
+
+
+def _in_use(device: torch.device) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is used up, by whichever library it was noticed."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    words = ("out of memory", "out_of_memory", "alloc_failed", "can't allocate memory")
+    return isinstance(error, RuntimeError | KernelError) and any(word in text for word in words)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give unused memory back to the driver."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def within_memory(work: Callable[[], object], device: torch.device) -> bool:
+    """Do some work; whether there was memory enough for it."""
+    done = False
+    try:
+        work()
+        done = True
+    except (RuntimeError, KernelError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Not in the handler, whose traceback would keep the tensors alive.
+    release_memory(device)
+    return done

@@ -1,0 +1,215 @@
+"""Runs what the settings ask for and gathers it into one report, the content of the JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cqtool.bench.device import describe_device, describe_software, resolve_device
+from cqtool.bench.formats import (
+    BenchFormat,
+    open_artifact,
+    parse_formats,
+    require_divisible,
+    require_geometry,
+)
+from cqtool.bench.kernels import KernelSettings, bench_decode
+from cqtool.bench.models import Target, find_target, public_name
+from cqtool.bench.problem import AttentionLoad
+from cqtool.bench.settings import BenchSettings, Part
+from cqtool.bench.suites import GENERATIONS, TARGET_LOADS, Generation, decode_target
+from cqtool.bench.timing import measure_bandwidth
+from cqtool.errors import EnvironmentProblem, RecipeError
+from cqtool.progress import SILENT, Progress
+
+FORMAT_VERSION = 1
+NO_GPU = (
+    "Kernel times need a CUDA GPU, and torch sees none (`cqtool doctor` says more). Only the part "
+    "end-to-end runs on a CPU, with small shapes such as tiny."
+)
+_ENCODED_PROMPT = 4096
+"""Tokens of the prompt whose encoding the targets are about."""
+
+Checkpoint = Callable[[dict[str, Any]], None]
+
+
+def run(
+    settings: BenchSettings,
+    progress: Progress = SILENT,
+    checkpoint: Checkpoint = lambda report: None,
+) -> dict[str, Any]:
+    """Measure.
+
+    Args:
+        settings: what.
+        progress: is told which case runs.
+        checkpoint: is given the report so far after each case.
+
+    Returns:
+        ``device``, ``versions``, ``settings``, ``bandwidth``, and a list each for ``decode``,
+        ``encode`` and ``end_to_end``; ``skipped`` holds what could not run at all, and why. All
+        times are seconds.
+
+    Raises:
+        RecipeError: the settings contradict each other.
+        ArtifactError: the artifact is missing, damaged or of another geometry.
+        EnvironmentProblem: there is no such device, not enough memory, or no GPU for kernels.
+    """
+    parts = settings.chosen_parts
+    target = find_target(settings.target or "llama-2-7b")
+    formats = _formats(settings, target)
+    device = resolve_device(settings.device)
+    dtype = _dtype(settings, device)
+    report: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "suite": settings.chosen_suite,
+        "shape": target.shape.to_json() if settings.target is not None else None,
+        "artifact": public_name(settings.artifact) if settings.artifact is not None else None,
+        "device": describe_device(device),
+        "versions": describe_software(),
+        "settings": _settings_json(settings, dtype),
+        "bandwidth": None,
+        "decode": [],
+        "encode": [],
+        "end_to_end": [],
+        "skipped": [],
+    }
+    kernel_parts: list[Part] = [part for part in parts if part != "end-to-end"]
+    if kernel_parts and device.type != "cuda":
+        if "end-to-end" not in parts:
+            raise EnvironmentProblem(NO_GPU)
+        report["skipped"] += [{"name": part, "reason": NO_GPU} for part in kernel_parts]
+    elif kernel_parts:
+        kernels = KernelSettings(device, dtype, settings.repeats, settings.seed)
+        _run_kernels(report, kernel_parts, settings, target, formats, kernels, progress, checkpoint)
+    if "end-to-end" in parts:
+        _run_generation(report, settings, target, formats, device, dtype, progress, checkpoint)
+    return report
+
+
+def _formats(settings: BenchSettings, target: Target) -> list[BenchFormat]:
+    if settings.artifact is None:
+        formats = parse_formats(settings.chosen_formats, settings.window or 0, settings.sinks or 0)
+    else:
+        own = open_artifact(settings.artifact)
+        spec = own.spec
+        window = spec.window if settings.window is None else settings.window
+        sinks = spec.sinks if settings.sinks is None else settings.sinks
+        formats = [replace(own, spec=replace(spec, window=window, sinks=sinks))]
+    for format in formats:
+        require_geometry(format, target.shape)
+        require_divisible(format, target.shape)
+    return formats
+
+
+def _settings_json(settings: BenchSettings, dtype: torch.dtype) -> dict[str, Any]:
+    shown = settings.to_json() | {"dtype": str(dtype).removeprefix("torch.")}
+    return {
+        name: public_name(value) if name in ("target", "artifact") and value else value
+        for name, value in shown.items()
+    }
+
+
+def _dtype(settings: BenchSettings, device: torch.device) -> torch.dtype:
+    dtype: torch.dtype = getattr(
+        torch, settings.dtype or ("float16" if device.type == "cuda" else "float32")
+    )
+    if dtype == torch.float32 and device.type == "cuda":
+        raise RecipeError("On a GPU, --dtype float32 compares with nothing; use float16.")
+    return dtype
+
+
+def _loads(settings: BenchSettings, target: Target) -> Sequence[AttentionLoad]:
+    if settings.target is None:
+        return TARGET_LOADS
+    shape = target.shape
+    return [
+        AttentionLoad(
+            f"{shape.name}, batch {batch}, {tokens} tokens",
+            batch,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            tokens,
+            shape.rope_theta,
+        )
+        for batch in settings.batches
+        for tokens in settings.tokens
+    ]
+
+
+def _run_kernels(
+    report: dict[str, Any],
+    parts: Sequence[Part],
+    settings: BenchSettings,
+    target: Target,
+    formats: Sequence[BenchFormat],
+    kernels: KernelSettings,
+    progress: Progress,
+    checkpoint: Checkpoint,
+) -> None:
+    bandwidth = measure_bandwidth(kernels.device)
+    report["bandwidth"] = bandwidth.to_json()
+    if "decode" in parts:
+        loads = _loads(settings, target)
+        with progress.task("Decode attention", len(loads)) as task:
+            for load in loads:
+                progress.note(load.name)
+                found = bench_decode(load, formats, kernels, bandwidth)
+                for row in found["kernels"]:
+                    row["target"] = (
+                        decode_target(load.name, row["format"]) if settings.target is None else None
+                    )
+                report["decode"].append(found)
+                checkpoint(report)
+                task.advance()
+    if "encode" in parts:
+        from cqtool.bench.encode import bench_encode
+
+        progress.note(f"Encoding, {target.shape.name}")
+        prompt = settings.prompt if settings.target is not None else _ENCODED_PROMPT
+        past = max(settings.tokens) - 1
+        report["encode"].append(
+            bench_encode(target, formats, kernels, prompt, settings.batches, past)
+        )
+        checkpoint(report)
+
+
+def _run_generation(
+    report: dict[str, Any],
+    settings: BenchSettings,
+    target: Target,
+    formats: Sequence[BenchFormat],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+    checkpoint: Checkpoint,
+) -> None:
+    from cqtool.bench.end_to_end import bench_generation
+    from cqtool.bench.runner import GenerationSettings
+
+    in_suite = settings.target is None
+    generations = GENERATIONS if in_suite else (Generation(settings.prompt, settings.new),)
+    # Each may take minutes: more than one has to be asked for.
+    chosen = formats if settings.formats else formats[:1]
+    done: list[dict[str, Any]] = report["end_to_end"]
+    for count, generation in enumerate(generations):
+        wanted = GenerationSettings(
+            prompt=generation.prompt,
+            new=generation.new,
+            caches=settings.caches,
+            batches=None if in_suite or settings.largest else settings.batches,
+            most=settings.most,
+            device=device,
+            dtype=dtype,
+            seed=settings.seed,
+        )
+
+        def keep(found: dict[str, Any], count: int = count) -> None:
+            done[count:] = [found]
+            checkpoint(report)
+
+        bench_generation(target, chosen, wanted, progress, keep)

@@ -1,0 +1,87 @@
+"""Options are checked before anything long begins, and say what to write instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cqtool.bench.formats import open_artifact, parse_formats, require_divisible, require_geometry
+from cqtool.bench.settings import BenchSettings, make_settings
+from cqtool.bench.shapes import SHAPES
+from cqtool.bench.suites import TARGET_LOADS, decode_target
+from cqtool.errors import ArtifactError, RecipeError
+
+
+def test_without_shape_and_suite_the_targets_run() -> None:
+    settings = BenchSettings()
+    assert settings.chosen_suite == "targets"
+    assert settings.chosen_parts == ("decode", "encode")
+    assert BenchSettings(target="tiny").chosen_parts == ("decode", "encode", "end-to-end")
+
+
+def test_words_are_split_at_commas_and_k_is_1024() -> None:
+    settings = make_settings(
+        target="tiny", parts=["encode,decode"], batches=["1, 2", "5"], tokens=["8k"], caches=None
+    )
+    assert settings.batches == (1, 2, 5)
+    assert settings.tokens == (8192,)
+    assert settings.chosen_parts == ("decode", "encode")
+    assert settings.caches == ("dynamic", "static", "cq")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batches": ["0"]}, "--batch 0 is too small; use 1 or more"),
+        ({"batches": ["1,-2"]}, "--batch -2 is not a whole number"),
+        ({"tokens": ["8m"]}, "--tokens 8m is not a whole number"),
+        ({"target": "tiny", "new": 1}, "--new-tokens 1 is too small; use 2 or more"),
+        ({"parts": ["prefill"]}, "--part prefill is not known; use decode, encode, end-to-end"),
+        ({"caches": ["paged"]}, "--cache paged is not known; use dynamic, static"),
+        ({"dtype": "int8"}, "--dtype int8 is not known"),
+        ({"suite": "all"}, "--suite all is not known; use targets, generation"),
+        ({"target": "tiny", "suite": "targets"}, "give either a shape or --suite"),
+        ({"artifact": "a"}, "Give the shape of the artifact's base model"),
+        ({"target": "t", "artifact": "a", "formats": ["cq-8c8b"]}, "leave out --format"),
+        ({"window": -1}, "--window -1 is too small"),
+    ],
+)
+def test_wrong_options_are_refused_with_the_fix(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        make_settings(**given)
+    assert message in str(raised.value)
+
+
+def test_a_suite_without_the_part_asked_for_says_what_it_has() -> None:
+    settings = make_settings(suite="generation", parts=["decode"])
+    with pytest.raises(RecipeError, match="suite generation has only end-to-end"):
+        _ = settings.chosen_parts
+
+
+def test_formats_by_name_with_keys_and_values_of_their_own() -> None:
+    (mixed,) = parse_formats(["k-cq-4c8b-v-cq-8c8b"], window=3)
+    assert (mixed.spec.key.channels, mixed.spec.value.channels, mixed.spec.window) == (4, 8, 3)
+    assert mixed.name == "k-cq-4c8b-v-cq-8c8b"
+    with pytest.raises(RecipeError, match="int4"):
+        parse_formats(["int4"])
+    (odd,) = parse_formats(["cq-3c8b"])
+    with pytest.raises(RecipeError, match="128 channels do not divide into groups of 3"):
+        require_divisible(odd, SHAPES["llama-2-7b"])
+
+
+def test_an_artifact_keeps_its_codebooks_and_is_refused_for_another_shape(calibration) -> None:
+    format = open_artifact(str(calibration))
+    assert format.name == "k-cq-4c3b-v-cq-8c4b"
+    assert format.codebooks is not None
+    assert [tuple(book.shape) for book in format.codebooks[1]] == [(2, 4, 8, 4), (2, 2, 16, 8)]
+    with pytest.raises(ArtifactError, match=r"2 layers of 2 kv heads.*llama-2-7b has 32 of 32"):
+        require_geometry(format, SHAPES["llama-2-7b"])
+
+
+def test_targets_are_those_of_the_four_cases() -> None:
+    found = [[decode_target(load.name, name) for load in TARGET_LOADS] for name in ("cq-8c8b",)]
+    assert found == [[6.5, 5.0, 4.5, 4.0]]
+    assert decode_target("something else", "cq-8c8b") is None
+    assert decode_target(TARGET_LOADS[0].name, "cq-16c8b") is None
+    assert [load.bytes_16bit for load in TARGET_LOADS] == [2 << 30, 1 << 29, 1 << 29, 1 << 29]
