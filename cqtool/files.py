@@ -98,6 +98,14 @@ def atomic_dir(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def cache_root() -> Path:
+    """The folder for what cqtool may build again: $CQTOOL_CACHE, or cqtool in the user's cache."""
+    if chosen := os.environ.get("CQTOOL_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(f"{base}/cqtool").expanduser()
+
+
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)

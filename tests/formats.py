@@ -57,6 +57,16 @@ def random_format(model, *, channels=8, bits=4, window=0, sinks=0, seed=0) -> Ca
     return CacheFormat(f"cq-{channels}c{bits}b", geometry, layers, window, sinks)
 
 
+def kernel_format(model, *, key=(8, 8), value=(8, 8), window=0, sinks=0) -> CacheFormat:
+    """As :func:`random_format`, centroids as float16 holds them: (channels, bits) of each kind."""
+    parts = [random_format(model, channels=c, bits=b) for c, b in (key, value)]
+    layers = tuple(
+        LayerCodecs(*(CQCodec(codec.codebook.half().float()) for codec in (k.key, v.value)))
+        for k, v in zip(parts[0].layers, parts[1].layers, strict=True)
+    )
+    return CacheFormat("kernel", parts[0].geometry, layers, window, sinks)
+
+
 def exact_format(recorded: RecordingCache, *, window=0, sinks=0) -> CacheFormat:
     """Codebooks that hold every vector of a recorded run: coding loses nothing."""
 

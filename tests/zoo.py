@@ -106,6 +106,88 @@ CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "bloom": lambda: tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=3, n_head=4),
     "gpt-bigcode": lambda: tf.GPTBigCodeConfig(**_GPT, n_positions=512, multi_query=True),
 }
+_WIDE = {**_LLAMA, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+_WIDE_MHA = {**_WIDE, "num_key_value_heads": 2}
+_WIDE_GPT = {**_GPT, "n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 512}
+_WIDE_NEOX = {**_NEOX, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def _wide(**changes: Any) -> tf.LlamaConfig:
+    return tf.LlamaConfig(**{**_LLAMA, "num_hidden_layers": 2, "head_dim": 64, **changes})
+
+
+WIDE: dict[str, Callable[[], tf.PreTrainedConfig]] = {
+    "wide-llama": _wide,
+    "wide-llama-80": lambda: _wide(head_dim=80),
+    "wide-llama-128": lambda: _wide(head_dim=128, num_key_value_heads=4),
+    "wide-llama-mqa": lambda: _wide(num_key_value_heads=1),
+    "wide-llama3-rope": lambda: _wide(
+        rope_parameters=_rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        )
+    ),
+    "wide-yarn": lambda: _wide(
+        rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=128)
+    ),
+    "wide-dynamic": lambda: _wide(
+        max_position_embeddings=32, rope_parameters=_rope("dynamic", factor=4.0)
+    ),
+    "wide-mistral": lambda: tf.MistralConfig(
+        **{**_LLAMA, "num_hidden_layers": 2}, head_dim=64, sliding_window=16
+    ),
+    "wide-qwen2": lambda: tf.Qwen2Config(**{**_WIDE, "num_key_value_heads": 1}),
+    "wide-qwen3": lambda: tf.Qwen3Config(**_LLAMA, head_dim=64),
+    "wide-gemma2": lambda: tf.Gemma2Config(
+        **{**_LLAMA, "num_hidden_layers": 2},
+        head_dim=64,
+        sliding_window=16,
+        attn_logit_softcapping=2.0,
+        # Some versions of transformers run it with sdpa, which leaves the soft cap out.
+        attn_implementation="eager",
+    ),
+    "wide-gemma3": lambda: tf.Gemma3TextConfig(
+        **_LLAMA,
+        head_dim=64,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "wide-gpt-oss": lambda: tf.GptOssConfig(
+        **{**_LLAMA, "num_hidden_layers": 2},
+        head_dim=64,
+        num_local_experts=4,
+        sliding_window=16,
+        rope_parameters=_rope("default"),
+    ),
+    "wide-phi": lambda: tf.PhiConfig(**_WIDE_MHA),
+    "wide-phi-yarn": lambda: tf.PhiConfig(
+        **_WIDE_MHA,
+        rope_parameters=_rope(
+            "yarn", factor=4.0, original_max_position_embeddings=128, partial_rotary_factor=0.5
+        ),
+    ),
+    "wide-cohere": lambda: tf.CohereConfig(**_WIDE_MHA),
+    "wide-cohere2": lambda: tf.Cohere2Config(
+        **{**_WIDE_MHA, "num_hidden_layers": 4}, sliding_window=16
+    ),
+    "wide-glm": lambda: tf.GlmConfig(**{**_LLAMA, "num_hidden_layers": 2}, head_dim=64),
+    "wide-smollm3": lambda: tf.SmolLM3Config(**{**_WIDE_MHA, "num_hidden_layers": 4}),
+    "wide-mixtral": lambda: tf.MixtralConfig(**_WIDE_MHA, num_local_experts=4),
+    "wide-gpt-neox": lambda: tf.GPTNeoXConfig(**_WIDE_NEOX, intermediate_size=96),
+    "wide-gpt2": lambda: tf.GPT2Config(**_WIDE_GPT),
+    "wide-gptj": lambda: tf.GPTJConfig(**_WIDE_GPT, rotary_dim=32),
+    "wide-gpt-bigcode": lambda: tf.GPTBigCodeConfig(**_WIDE_GPT, multi_query=True),
+    "wide-opt": lambda: tf.OPTConfig(
+        **_WIDE_NEOX, ffn_dim=96, max_position_embeddings=512, word_embed_proj_dim=128
+    ),
+    "wide-bloom": lambda: tf.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=128, n_layer=2, n_head=2
+    ),
+}
+"""The same architectures with heads as wide as the kernels take."""
 ALIBI = frozenset({"bloom"})
 """Architectures that place tokens by a bias computed from the number of keys."""
 
@@ -113,7 +195,7 @@ ALIBI = frozenset({"bloom"})
 def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> tf.PreTrainedModel:
     """A model of architecture `name` with weights large enough that attention is not uniform."""
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]())
+    model = tf.AutoModelForCausalLM.from_config((CONFIGS | WIDE)[name]())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from cqtool.artifact.card_commands import calibrate_command
 from cqtool.artifact.card_content import LOCAL_MODEL, CardContent
 from cqtool.artifact.card_measured import memory_section, quality_section
+from cqtool.artifact.card_runtime import runtime_limit, runtime_section
 from cqtool.artifact.markdown import dataset, number, plain
 from cqtool.artifact.names import is_hub_id, public_name
 from cqtool.errors import ArtifactError
@@ -48,6 +49,7 @@ def render_card(content: CardContent) -> str:
         *_introduction(config),
         "## Usage",
         _usage(content),
+        *runtime_section(content),
         "## Measured quality",
         *quality_section(content),
         "## Memory",
@@ -139,8 +141,7 @@ def _limits(content: CardContent) -> Iterator[str]:
         "The codebooks fit this base model only; loading refuses another one.",
         f"A context no longer than sinks and window together "
         f"({content.config.cache.sinks + content.config.cache.window} tokens) is not compressed.",
-        "The artifact holds codebooks and no kernels: codes are decoded in plain PyTorch, which "
-        "saves memory and not time.",
+        runtime_limit(content),
     ]
     if content.is_demo:
         limits.append(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cqtool.artifact.measured import QualityReport, QualityRow
 from cqtool.artifact.names import is_hub_id
+from cqtool.artifact.runtime_kernels import CompiledKernels
 from cqtool.layout.config import CQConfig
 from cqtool.models.demo import DEMO_ID
 
@@ -23,6 +24,7 @@ class CardContent:
         codebook_bytes: size of ``codebooks.safetensors``.
         reports: relative paths of the report files, ``/`` between folders.
         repo_id: Hub id that the artifact is meant for, None if not known.
+        kernels: what it ships of kernels, None if it carries no runtime.
     """
 
     config: CQConfig
@@ -30,6 +32,7 @@ class CardContent:
     codebook_bytes: int
     reports: tuple[str, ...]
     repo_id: str | None
+    kernels: CompiledKernels | None = None
 
     @property
     def own_row(self) -> QualityRow | None:

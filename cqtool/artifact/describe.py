@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cqtool.artifact.measured import QualityReport, read_quality
-from cqtool.errors import ArtifactError
+from cqtool.errors import ArtifactError, KernelError
+from cqtool.kernels.cubins import INDEX, shipped_compiler, shipped_index
 from cqtool.layout.codebook_file import check_codebooks
-from cqtool.layout.config import CONFIG_NAME, CQConfig, read_config
+from cqtool.layout.config import CONFIG_NAME, RUNTIME_NAME, CQConfig, read_config
 from cqtool.manifest import MANIFEST_NAME, artifact_files, verify_folder
 
 STORE_META = "meta.json"
@@ -39,13 +40,14 @@ def _describe_codebooks(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     is_artifact = (folder / MANIFEST_NAME).exists()
     problem = None
-    quality = None
+    quality = kernels = None
     try:
         if is_artifact:
             verify_folder(folder)
         check_codebooks(folder, config)
         quality = read_quality(folder)
-    except ArtifactError as error:
+        kernels = _kernels(folder)
+    except (ArtifactError, KernelError) as error:
         problem = str(error)
     return {
         "kind": "artifact" if is_artifact else "calibration",
@@ -73,6 +75,7 @@ def _describe_codebooks(folder: Path) -> dict[str, Any]:
         "verified": is_artifact and problem is None,
         "problem": problem,
         "quality": None if quality is None else _quality(quality, config),
+        "kernels": kernels,
     }
 
 
@@ -123,6 +126,24 @@ def _quality(quality: QualityReport, config: CQConfig) -> dict[str, Any] | None:
         "window_length": quality.window_length,
         "gates_passed": all(gate.passed for gate in quality.gates) if quality.gates else None,
     }
+
+
+def _kernels(folder: Path) -> dict[str, Any] | None:
+    """What an artifact ships to run on a GPU, None where it carries no runtime."""
+    runtime = folder / RUNTIME_NAME
+    if not runtime.is_dir():
+        return None
+    variants: dict[str, dict[str, Any]] = {}
+    architectures: list[str] = []
+    compiler = None
+    if (runtime / INDEX).is_file():
+        index = shipped_index(runtime)
+        compiler = shipped_compiler(runtime)
+        architectures = list(dict.fromkeys(arch for _, arch in index))
+        for (name, arch), entry in index.items():
+            about = {"source": entry["source"], "defines": entry["defines"], "architectures": []}
+            variants.setdefault(name, about)["architectures"].append(arch)
+    return {"architectures": architectures, "variants": variants, "compiler": compiler}
 
 
 def _describe_store(folder: Path) -> dict[str, Any]:

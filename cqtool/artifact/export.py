@@ -6,7 +6,7 @@ The same calibration gives the same bytes: nothing of when or where the export r
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cqtool.artifact.card import render_card
@@ -14,6 +14,8 @@ from cqtool.artifact.card_content import CardContent
 from cqtool.artifact.measured import read_quality
 from cqtool.artifact.names import check_repo_id
 from cqtool.artifact.private import hide_local_paths
+from cqtool.artifact.runtime import DATA_ONLY, RuntimeChoice, build_runtime
+from cqtool.artifact.runtime_kernels import CompiledKernels
 from cqtool.errors import ArtifactError
 from cqtool.files import atomic_dir
 from cqtool.layout.codebook_file import check_codebooks
@@ -24,6 +26,7 @@ from cqtool.layout.config import (
     MAX_JSON_BYTES,
     REMEDY,
     REPORTS_NAME,
+    RUNTIME_NAME,
     CQConfig,
     read_config,
 )
@@ -35,6 +38,7 @@ from cqtool.manifest import (
     verify_folder,
     write_manifest,
 )
+from cqtool.progress import SILENT, Progress
 from cqtool.strictjson import read_object
 
 CARD_NAME = "README.md"
@@ -43,25 +47,40 @@ _REPORT_SUFFIXES = frozenset({".json", ".html", ".png"})
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written: `files` files of together `size` bytes, in `folder`."""
+    """What was written: `files` files of together `size` bytes, in `folder`.
+
+    `kernels` is None where the artifact carries no runtime.
+    """
 
     folder: Path
     config: CQConfig
     files: int
     size: int
     quality_measured: bool
+    kernels: CompiledKernels | None = None
 
 
-def export(calibration: Path, out: Path, *, repo_id: str | None = None) -> ExportResult:
+def export(
+    calibration: Path,
+    out: Path,
+    *,
+    repo_id: str | None = None,
+    runtime: RuntimeChoice = DATA_ONLY,
+    progress: Progress = SILENT,
+) -> ExportResult:
     """Write the artifact of `calibration` to `out`, replacing an artifact that stands there.
 
     Args:
         calibration: what ``cqtool calibrate`` wrote (an artifact does as well).
         out: folder to write; it appears complete and verified, or stays as it was.
         repo_id: Hub id to name in the model card's usage.
+        runtime: the code to put beside the data: none,
+            :func:`cqtool.artifact.runtime.choose_runtime`, or a choice of your own.
+        progress: is told of each kernel that is compiled.
 
     Raises:
         ArtifactError: `calibration` is incomplete or damaged, or `out` holds other files.
+        KernelError: a kernel cannot be compiled.
         EnvironmentProblem: `out` cannot be written.
         RecipeError: `repo_id` cannot be a repository.
     """
@@ -75,13 +94,22 @@ def export(calibration: Path, out: Path, *, repo_id: str | None = None) -> Expor
     quality = read_quality(calibration)
     reports = _report_files(calibration)
     _check_destination(calibration, out)
-    card = render_card(CardContent(config, quality, codebook_bytes, reports, repo_id))
+    package: dict[str, bytes] = {}
+    kernels = None
+    if runtime.package:
+        package, kernels = build_runtime(config, runtime.architectures, progress)
+        kernels = replace(kernels, note=kernels.note or runtime.note)
+    card = render_card(CardContent(config, quality, codebook_bytes, reports, repo_id, kernels))
     with atomic_dir(out) as folder:
         for name in (CODEBOOKS_NAME, CONFIG_NAME, CALIBRATION_NAME, *reports):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(calibration / name, folder / name)
         hide_local_paths([folder / name for name in (CONFIG_NAME, CALIBRATION_NAME, *reports)])
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        for name, data in package.items():
+            path = folder / RUNTIME_NAME / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
         write_manifest(folder)
         # What was copied is checked, not what was read before: the calibration may have changed.
         verify_folder(folder)
@@ -94,6 +122,7 @@ def export(calibration: Path, out: Path, *, repo_id: str | None = None) -> Expor
         size=sum(record.size for record in records.values()) + (out / MANIFEST_NAME).stat().st_size,
         quality_measured=quality is not None
         and quality.row_of(config.cache.name, config.objective) is not None,
+        kernels=kernels,
     )
 
 

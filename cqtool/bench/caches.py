@@ -135,7 +135,7 @@ class CQMaker:
         self.model = model
         self.format = spec.name
         self.bound = CacheFormat(spec.name, geometry, tuple(layers), spec.window, spec.sinks)
-        self.joins = hasattr(CQCache, "join")
+        self.joins = True
 
     def make(self, rows: int, length: int) -> Cache:
         """See :meth:`CacheMaker.make`."""
@@ -147,9 +147,7 @@ class CQMaker:
 
     def join(self, chunks: list[Cache], rows: int, length: int) -> Cache:
         """See :meth:`CacheMaker.join`."""
-        join: Any = getattr(CQCache, "join")  # noqa: B009
-        joined: Cache = join(chunks)
-        return joined
+        return CQCache.join([chunk for chunk in chunks if isinstance(chunk, CQCache)])
 
     def repeat(self, cache: Cache, rows: int, length: int) -> Cache:
         """See :meth:`CacheMaker.repeat`."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from cqtool.cache.codec import CQCodec
 from cqtool.cache.format import CacheFormat, LayerCodecs
+from cqtool.cache.shipped import trust_shipped_kernels
 from cqtool.errors import ArtifactError, HubError
 from cqtool.layout.codebook_file import check_codebooks
 from cqtool.layout.config import CODEBOOKS_NAME, CQConfig, codebook_name, read_config
@@ -25,6 +26,7 @@ def load_format(
     *,
     revision: str | None = None,
     allow_other_base: bool = False,
+    trust_kernels: bool = False,
 ) -> CacheFormat:
     """Load codebooks and bind them to `model`; see :meth:`CQCache.from_pretrained`."""
     folder = resolve(path, revision)
@@ -42,10 +44,13 @@ def load_format(
             f"{path} was made for {config.base_model.id}, whose cache has other shapes than this "
             "model's; load that base model."
         )
+    codecs = _load_codecs(folder, config)
+    if trust_kernels:
+        trust_shipped_kernels(folder)
     return CacheFormat(
         name=config.cache.name,
         geometry=geometry,
-        layers=_load_codecs(folder, config),
+        layers=codecs,
         window=config.cache.window,
         sinks=config.cache.sinks,
     )

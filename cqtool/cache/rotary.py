@@ -31,6 +31,9 @@ class RotaryHistory:
         self._tables: list[tuple[int, Tensor, float]] = []
         self._last: tuple[Tensor, int] | None = None
         self._dtype = torch.float32
+        self._origin: Tensor | None = None
+        self._straight = 0
+        self._on_cpu: tuple[Tensor, Tensor] | None = None
         self._memo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def observe(self, step: RopeStep, total: int) -> None:
@@ -58,14 +61,57 @@ class RotaryHistory:
         if (start, stop) not in self._memo:
             assert self._positions is not None
             inv_freq, scaling = self._frequencies(start, stop)
-            self._memo[start, stop] = angles(
-                self._positions[:, start:stop], inv_freq, scaling, self._dtype
-            )
+            positions = self._positions[:, start:stop]
+            if self._origin is not None and stop <= self._straight:
+                # The same but for padding, whose positions are then those the kernels take.
+                columns = torch.arange(start, stop, device=positions.device)
+                positions = columns - self._origin[:, None]
+            self._memo[start, stop] = angles(positions, inv_freq, scaling, self._dtype)
         return self._memo[start, stop]
+
+    @property
+    def table(self) -> tuple[Tensor, float] | None:
+        """inv_freq ``[dim / 2]``, on the CPU, and scale when one table turned every token.
+
+        None otherwise. Copied from the GPU once a table.
+        """
+        if self._observed is not None or len(self._tables) != 1:
+            return None
+        only = self._tables[0]
+        if self._on_cpu is None or self._on_cpu[0] is not only[1]:
+            self._on_cpu = only[1], only[1].float().cpu()
+        return self._on_cpu[1], only[2]
+
+    def origin(self, first: Tensor, check: bool) -> Tensor | None:
+        """The column of each row's position 0, if positions follow the columns from `first` on.
+
+        Args:
+            first: int ``[batch]``, the rows' first columns that are not padding.
+            check: compare the positions that came in since the last check, which waits for the
+                GPU; without it they are trusted to go on as before.
+
+        Returns:
+            int32 ``[batch]``, the same object until something changes; None when positions jump.
+        """
+        if self._positions is None or self._positions.shape[1] == 0:
+            return None
+        if self._straight < self.length and (check or self._straight == 0):
+            columns = torch.arange(self.length, device=self._positions.device)
+            offsets = columns - self._positions  # [batch or 1, tokens]
+            padding = columns < first.to(offsets.device)[:, None]
+            same = bool(((offsets == offsets[:, -1:]) | padding).all())
+            newest = offsets[:, -1].expand(first.shape[0]).to(torch.int32)
+            if not same:
+                self._origin = None
+            elif self._origin is None or not torch.equal(self._origin, newest):
+                self._origin = newest.contiguous()
+        self._straight = self.length
+        return self._origin
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens."""
         self.length = min(self.length, length)
+        self._straight = min(self._straight, length)
         self._tables = [table for table in self._tables if table[0] < max(1, length)]
         self._last = None
         self._map(lambda tensor: tensor[:, :length])
@@ -74,6 +120,8 @@ class RotaryHistory:
         """Apply a change of the batch dimension (reorder, repeat, select)."""
         # A batch of one stands for all rows.
         self._map(lambda tensor: tensor if tensor.shape[0] == 1 else change(tensor))
+        if self._origin is not None:
+            self._origin = change(self._origin).contiguous()
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from cqtool import __version__
-from cqtool.cli import calibrate, check, doctor, entropy, export, generate, inspect
+from cqtool.cli import bench, calibrate, check, doctor, entropy, export, generate, inspect
 from cqtool.cli.output import write_stderr, write_stdout
 from cqtool.errors import CqtoolError
 
@@ -85,6 +85,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "export": (export.export, export.EXAMPLES),
     "inspect": (inspect.inspect, inspect.EXAMPLES),
     "generate": (generate.generate, generate.EXAMPLES),
+    "bench": (bench.bench, bench.EXAMPLES),
     "doctor": (doctor.doctor, doctor.EXAMPLES),
 }
 for _name, (_function, _examples) in _COMMANDS.items():

