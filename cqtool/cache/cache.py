@@ -21,6 +21,7 @@ from cqtool.cache.loading import load_format
 from cqtool.cache.passes import PassState
 from cqtool.cache.rotary import RotaryHistory
 from cqtool.cache.sinks import SinkColumns
+from cqtool.cache.tiled import TiledLayer
 from cqtool.errors import KernelsUnavailable
 from cqtool.kernels.load import outlook, warn_fallback
 from cqtool.models.tap import AttentionTap
@@ -168,7 +169,8 @@ class CQCache(Cache):
             other, so that little more than the result is held at any time.
 
         Raises:
-            ValueError: the caches differ in format or length.
+            ValueError: the caches differ in format or length, or only some of them have rows with
+                padding.
         """
         first, *others = caches
         length = first.get_seq_length()
@@ -183,8 +185,14 @@ class CQCache(Cache):
             (history, [other._rotary[source] for other in others])
             for source, history in first._rotary.items()
         ]
+        counts = [{_count(each) for each in (target, *sources)} for target, sources in pairs]
+        if any(len(count) > 1 for count in counts):
+            raise ValueError("join takes caches that all know padding, or none of them.")
         limit = max(cache._sinks.limit for cache in caches)
         for target, sources in pairs:
+            if isinstance(target, TiledLayer):
+                same = [each for each in sources if isinstance(each, TiledLayer)]
+                TiledLayer.reserve_alike([target, *same])
             # Both sides are walked in the same order.
             found: list[list[Tensor]] = [[] for _ in sources]
             for source, tensors in zip(sources, found, strict=True):
@@ -234,6 +242,12 @@ class _Batched(Protocol):
 def _extender(found: list[list[Tensor]]) -> Callable[[Tensor], Tensor]:
     rows = [iter(tensors) for tensors in found]
     return lambda mine: torch.cat([mine, *(next(tensors) for tensors in rows)])
+
+
+def _count(batched: _Batched) -> int:
+    tensors: list[Tensor] = []
+    batched.map_batch(_collector(tensors))
+    return len(tensors)
 
 
 def _collector(into: list[Tensor]) -> Callable[[Tensor], Tensor]:

@@ -6,7 +6,7 @@ Column n of the window lies at ``n % capacity``. Nothing is concatenated in a de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -242,6 +242,14 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         origin = self._origin(0)
         key = ("position", id(self.rotary), column, self.device)
         return self.state.derived(key, origin, lambda: column - origin)
+
+    @staticmethod
+    def reserve_alike(layers: Sequence[TiledLayer]) -> None:
+        """Give the stores of initialized layers of several caches the same number of tiles."""
+        for name in layers[0].stores:
+            most = max(layer.stores[name].tiles.shape[2] for layer in layers)
+            for layer in layers:
+                layer.stores[name].reserve(layer.stores[name].base + most * TILE)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; see :meth:`CQLayer.crop`."""

@@ -47,3 +47,35 @@ def test_caches_of_unlike_length_are_refused() -> None:
             model(random_ids(1, length), past_key_values=part)
     with pytest.raises(ValueError, match="same length"):
         CQCache.join(parts)
+
+
+def test_a_row_without_padding_does_not_join_rows_with_it() -> None:
+    model = tiny(ARCHITECTURE)
+    format = kernel_format(model)
+    padded, plain = (CQCache(format, model, "fused") for _ in range(2))
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        model(random_ids(2, 6), attention_mask=mask, position_ids=positions, past_key_values=padded)
+        model(random_ids(1, 6), past_key_values=plain)
+    with pytest.raises(ValueError, match="padding"):
+        CQCache.join([padded, plain])
+
+
+def test_caches_with_unlike_reserves_join() -> None:
+    model = tiny(ARCHITECTURE)
+    format = kernel_format(model)
+    ids, steps = random_ids(2, 250), random_ids(2, 20, seed=1)
+    together, grown, short = (CQCache(format, model, "fused") for _ in range(3))
+    with torch.no_grad():
+        model(torch.cat((ids, steps), dim=1), past_key_values=together)
+        model(ids[:1], past_key_values=grown)
+        for step in range(20):
+            model(steps[:1, step : step + 1], past_key_values=grown)
+        model(torch.cat((ids, steps), dim=1)[1:], past_key_values=short)
+        joined = CQCache.join([grown, short])
+        next_token = random_ids(2, 1, seed=2)
+        found = model(next_token, past_key_values=joined).logits
+        expected = model(next_token, past_key_values=together).logits
+    torch.testing.assert_close(found[1], expected[1], rtol=2e-5, atol=2e-5)

@@ -84,4 +84,5 @@ def test_the_shipped_kernels_suffice(tmp_path: Path, dtype: str) -> None:
     model = model.to("cuda", getattr(torch, dtype))
     reference = CQCache.from_pretrained(artifact, model, implementation="reference")
     same = sum(a == b for a, b in zip(result["text"], generate(model, reference), strict=True))
-    assert same >= 9, "float16 may turn a near tie, and the text with it, towards the end"
+    # 16 bits may turn a near tie of this random model, and with it the text from there on.
+    assert same >= {"float16": 9, "bfloat16": 3}[dtype]
