@@ -85,6 +85,16 @@ def _output(*command: str) -> str | None:
     return lines[0] if done.returncode == 0 and lines else None
 
 
+def _commit(folder: Path) -> str | None:
+    """The commit that runs: what CI says it is, else git's, marked when files differ from it."""
+    for name in ("GIT_COMMIT", "GITHUB_SHA"):
+        if os.environ.get(name):
+            return os.environ[name]
+    head = _output("git", "-C", str(folder), "rev-parse", "HEAD")
+    changed = _output("git", "-C", str(folder), "status", "--porcelain", "--", ".")
+    return f"{head}-dirty" if head is not None and changed else head
+
+
 def describe_software() -> dict[str, Any]:
     """Versions, and what identifies the kernels' sources."""
     from cqtool.kernels.variants import KERNELS, read_sources
@@ -94,7 +104,7 @@ def describe_software() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": _output("git", "-C", str(KERNELS), "rev-parse", "HEAD"),
+        "commit": _commit(KERNELS),
         "kernels_sha256": hashlib.sha256(read_sources().encode()).hexdigest(),
         **{name: _version(name) for name in _PACKAGES},
         "allocator": next((os.environ[name] for name in _ALLOCATOR if name in os.environ), None),

@@ -33,11 +33,6 @@ def test_twice_the_bytes_take_twice_the_time(device):
     assert 1.8 < many / few < 2.2
 
 
-def test_reading_is_not_slower_than_half_of_copying(device):
-    found = measure_bandwidth(device, 5)
-    assert 0.5 < found.read / found.copy < 2
-
-
 def test_formats_and_rivals_are_right_and_get_times(device):
     from cqtool.bench.formats import parse_formats
 
