@@ -10,8 +10,8 @@
 // bank, odd tokens load "hi" before "lo" (and, with entries of less than 16 bytes, slots in another
 // order): every order is a column of B with its channels ordered alike, and a token reads its own.
 // The columns left are used for further tiles: with one query row the query is turned to four tile
-// starts at once. RoPE's angle is split: the query carries the start of the tile (recurrence in
-// fp32, restarted from exact phases), the key its offset within the tile (constants in registers).
+// starts at once. RoPE's angle is split: the query carries the start of the tile (from integer
+// phases), the key its offset within the tile (constants in registers).
 //
 // Values are the A operand too (rows: groups, k: token x channel parity), weights times parity are
 // B; lanes of different t read different groups, which the columns keep apart again (VSEL of them).
@@ -24,7 +24,7 @@
 #define ROWS 1
 #endif
 #ifndef WARPS
-#define WARPS 12
+#define WARPS 8
 #endif
 #ifndef KEY_PARTS
 #define KEY_PARTS 1
