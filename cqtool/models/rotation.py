@@ -8,34 +8,52 @@ both directions below work from those alone.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from cqtool.geometry import KeyRotation
 
+PairLayout = Literal["single", "halves", "neighbours"]
+"""How cosines stand for pairs: one entry each, all of them twice over, or each entry twice."""
 
-def pair_angles(cos: Tensor, sin: Tensor, pairs: int | None = None) -> tuple[Tensor, Tensor]:
+
+def pair_layout(cos: Tensor, sin: Tensor, pairs: int | None = None) -> PairLayout:
+    """How a model's cosines and sines are laid out. Compares values: it waits for a GPU.
+
+    Args:
+        cos: ``[batch or 1, tokens, dim]`` or ``[batch or 1, tokens, dim / 2]``.
+        sin: same shape.
+        pairs: dim / 2 where it is known. It cannot be seen at position 0, where all are equal.
+    """
+    if cos.shape[-1] == pairs:
+        return "single"
+    half = cos.shape[-1] // 2
+    if all(torch.equal(x[..., :half], x[..., half:]) for x in (cos, sin)):
+        return "halves"
+    if all(torch.equal(x[..., 0::2], x[..., 1::2]) for x in (cos, sin)):
+        return "neighbours"
+    return "single"
+
+
+def pair_angles(cos: Tensor, sin: Tensor, layout: PairLayout) -> tuple[Tensor, Tensor]:
     """Reduce a model's cosines and sines to one entry per channel pair.
 
     Args:
-        cos: ``[batch or 1, tokens, dim]`` with every entry twice (as two halves, or side by side),
-            or ``[batch or 1, tokens, dim / 2]``.
+        cos: ``[batch or 1, tokens, dim or dim / 2]``.
         sin: same shape.
-        pairs: dim / 2 where it is known. It cannot be seen at position 0, where all are equal.
+        layout: from :func:`pair_layout`.
 
     Returns:
         Two tensors ``[batch or 1, tokens, dim / 2]`` in the dtype given.
     """
-    if cos.shape[-1] == pairs:
+    if layout == "single":
         return cos, sin
-    half = cos.shape[-1] // 2
-    if torch.equal(cos[..., :half], cos[..., half:]) and torch.equal(
-        sin[..., :half], sin[..., half:]
-    ):
-        return cos[..., :half], sin[..., :half]
-    if torch.equal(cos[..., 0::2], cos[..., 1::2]) and torch.equal(sin[..., 0::2], sin[..., 1::2]):
+    if layout == "neighbours":
         return cos[..., 0::2], sin[..., 0::2]
-    return cos, sin
+    half = cos.shape[-1] // 2
+    return cos[..., :half], sin[..., :half]
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, rotation: KeyRotation) -> Tensor:

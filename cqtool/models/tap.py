@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from cqtool.models.rotation import pair_angles
+from cqtool.models.rotation import PairLayout, pair_angles, pair_layout
 
 _ATTRIBUTE = "_cqtool_attention_tap"
 
@@ -81,6 +81,7 @@ class AttentionTap:
         self.attention: dict[int, nn.Module] = {}
         self._running: list[nn.Module] = []
         self._produced: dict[int, tuple[Tensor, object, RopeStep]] = {}
+        self._layouts: dict[object, PairLayout] = {}
         model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
         for module in model.modules():
             if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
@@ -129,7 +130,15 @@ class AttentionTap:
         positions = bound.get("position_ids")
         known = isinstance(positions, Tensor) and positions.dim() == 2
         pairs = inv_freq.shape[-1] if isinstance(inv_freq, Tensor) else None
-        pair_cos, pair_sin = pair_angles(cos, sin, pairs)
+        source = (id(module), layer_type)
+        layout = self._layouts.get(source)
+        if layout is None:
+            layout = pair_layout(cos, sin, pairs)
+            # A single token may stand at position 0, where every layout looks alike. Once known,
+            # it is not compared again, which would stall a GPU in every decode step.
+            if cos.shape[1] > 1:
+                self._layouts[source] = layout
+        pair_cos, pair_sin = pair_angles(cos, sin, layout)
         step = RopeStep(
             cos=pair_cos,
             sin=pair_sin,
@@ -139,7 +148,7 @@ class AttentionTap:
         )
         # Keyed by the identity of the very tensor that reaches the layers; kept alive by the entry.
         # A model has a handful of tables: older entries belong to passes that are over.
-        self._produced[id(cos)] = (cos, (id(module), layer_type), step)
+        self._produced[id(cos)] = (cos, source, step)
         while len(self._produced) > 16:
             self._produced.pop(next(iter(self._produced)))
 
@@ -179,7 +188,9 @@ class AttentionTap:
             if cos.dim() == 3 and not torch.is_complex(cos):
                 # A copy of what a rotary module returned (a model spread over several GPUs): it
                 # cannot be told from which table, so the layer gets one of its own.
-                return ("copy", module.layer_idx), RopeStep(*pair_angles(cos, sin))
+                return ("copy", module.layer_idx), RopeStep(
+                    *pair_angles(cos, sin, pair_layout(cos, sin))
+                )
             return None
         # GPT-J and CodeGen keep a table [positions, 2 * pairs] of sines, then cosines, inside.
         table = getattr(module, "embed_positions", None)
