@@ -110,7 +110,7 @@ def _decode_variants(
                 value_channels=value.channels,
                 value_bits=value.bits,
                 rows=heads * tokens,
-                pairing=plan.pairing,  # type: ignore[arg-type]
+                pairing=plan.pairing,
                 rotate=layer.rotation.style != "none",
                 dtype=dtype,
                 softcap=softcap,

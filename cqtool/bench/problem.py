@@ -159,7 +159,7 @@ class CodedProblem:
             tables.value_format.channels,
             tables.value_format.bits,
             self.load.heads // self.load.kv_heads,
-            tables.pairing,  # type: ignore[arg-type]
+            tables.pairing,
             self.rotation.style != "none",
             str(query.dtype).removeprefix("torch."),
         )

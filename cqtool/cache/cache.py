@@ -267,14 +267,16 @@ def _fusable_layers(
     wanted = implementation == "fused" or (implementation == "auto" and on_gpu and coupled)
     if not wanted:
         return set()
+    capability = torch.cuda.get_device_capability(model.device) if on_gpu else None
+    query_heads = format.geometry.query_heads
     reasons = [
-        unsupported(geometry, codecs)
+        unsupported(geometry, codecs, query_heads, capability)
         for geometry, codecs in zip(format.geometry.layers, format.layers, strict=True)
     ]
     layers = {index for index, reason in enumerate(reasons) if reason is None}
     reason = None if layers else reasons[0]
-    if reason is None and on_gpu:
-        found = outlook(torch.cuda.get_device_capability(model.device))
+    if reason is None and capability is not None:
+        found = outlook(capability)
         reason = found.detail if found.source == "reference" else None
     if reason is None:
         reason = Switch.of(model, format.geometry).problem

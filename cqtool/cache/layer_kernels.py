@@ -12,21 +12,57 @@ from cqtool.cache.codec import CQCodec
 from cqtool.cache.format import LayerCodecs
 from cqtool.codebooks.codes import lookup
 from cqtool.geometry import LayerGeometry
+from cqtool.kernels.decode.config import DecodeCase, choose
 from cqtool.kernels.decode.tables import LayerTables, RopeTable
 from cqtool.kernels.encode import Encoder
-from cqtool.kernels.layout import CodeFormat, unpack_keys, unpack_values
+from cqtool.kernels.layout import CodeFormat, plan_keys, unpack_keys, unpack_values
 
 
-def unsupported(geometry: LayerGeometry, codecs: LayerCodecs) -> str | None:
-    """Why the kernels cannot serve a layer, None when they can."""
+def unsupported(
+    geometry: LayerGeometry,
+    codecs: LayerCodecs,
+    query_heads: int,
+    capability: tuple[int, int] | None = None,
+) -> str | None:
+    """Why the kernels cannot serve a layer, None when they can.
+
+    Args:
+        geometry: the layer's shapes.
+        codecs: how it is stored.
+        query_heads: heads that read each token.
+        capability: of the GPU, None for the torch reference on a CPU.
+    """
+    formats = []
     for codec, dim in ((codecs.key, geometry.key_dim), (codecs.value, geometry.value_dim)):
         if type(codec) is not CQCodec:
             return f"{type(codec).__name__} has no kernel."
         heads, groups, centroids, channels = codec.codebook.shape
         if heads != geometry.kv_heads or groups * channels != dim:
             return "The codebooks do not cover the heads."
-        if reason := CodeFormat(dim, channels, centroids.bit_length() - 1).unsupported():
+        formats.append(CodeFormat(dim, channels, centroids.bit_length() - 1))
+        if reason := formats[-1].unsupported():
             return f"{reason}."
+    if capability is None:
+        return None
+    key, value = formats
+    pairing = plan_keys(key, geometry.rotation).pairing
+    major, minor = capability
+    for rows in (query_heads // geometry.kv_heads, 8):
+        case = DecodeCase(
+            key.head_dim,
+            value.head_dim,
+            key.channels,
+            key.bits,
+            value.channels,
+            value.bits,
+            rows,
+            pairing,
+        )
+        if choose(case, 10 * major + minor) is None:
+            return (
+                f"Codes of {key.bits} and {value.bits} bits need more shared memory than a GPU of "
+                f"compute capability {major}.{minor} has."
+            )
     return None
 
 

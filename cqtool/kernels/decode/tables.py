@@ -89,8 +89,13 @@ class LayerTables:
             scale: factor on turned keys.
         """
         device = self.key_table.device
-        steps = torch.stack([phase_steps(inv_freq, plan) for plan in self.plans])
-        turns = torch.stack([turn_table(inv_freq, plan) for plan in self.plans])
+        # Heads without permutations of their own share one plan object.
+        made = {
+            id(plan): (phase_steps(inv_freq, plan), turn_table(inv_freq, plan))
+            for plan in {id(plan): plan for plan in self.plans}.values()
+        }
+        steps = torch.stack([made[id(plan)][0] for plan in self.plans])
+        turns = torch.stack([made[id(plan)][1] for plan in self.plans])
         return RopeTable(steps.to(device), turns.to(device), scale)
 
     @property
