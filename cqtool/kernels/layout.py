@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cqtool.geometry import KeyRotation
+from cqtool.kernels.decode.config import Pairing
 
 TILE = 16
 """Tokens in a tile."""
 ROW_BYTES = 128
 """Bytes of a table row: one code's entries of as many groups as 32 banks hold."""
-Pairing = Literal["paired", "closed", "scatter"]
-"""How RoPE's pairs lie in the groups of the keys, see :class:`KeyPlan`."""
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 
 
