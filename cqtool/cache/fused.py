@@ -37,13 +37,8 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
             Keys and values to attend to, or the new ones alone, marked for :meth:`attend`.
         """
         self._check_attended()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new = key_states.shape[2]
+        new = self._observe(key_states, value_states)
         if self.rotary is not None:
-            step = self.tap.steps.get(self.index)
-            assert step is not None, "the cache belongs to another model object"
-            self.rotary.observe(step, self.length + new)
             assert self.sinks.start is not None
             self.rotary.origin(self.sinks.start, check=new > 1)
         differentiable = torch.is_grad_enabled() and key_states.requires_grad

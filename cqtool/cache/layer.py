@@ -102,13 +102,7 @@ class CQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         Returns:
             Keys (after RoPE) and values ``[batch, kv_heads, tokens, head_dim]``.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new = key_states.shape[2]
-        if self.rotary is not None:
-            step = self.tap.steps.get(self.index)
-            assert step is not None, "the cache belongs to another model object"
-            self.rotary.observe(step, self.length + new)
+        new = self._observe(key_states, value_states)
         if new == 1:
             self._append(key_states, value_states)
             keys, values = self._materialize()
@@ -123,6 +117,17 @@ class CQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             if not self.record_past:
                 self._forget_before(self.length - self.sliding_window + 1)
         return keys, values
+
+    def _observe(self, key_states: Tensor, value_states: Tensor) -> int:
+        """Take note of a pass's angles, and of shapes in the first; returns its tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[2]
+        if self.rotary is not None:
+            step = self.tap.steps.get(self.index)
+            assert step is not None, "the cache belongs to another model object"
+            self.rotary.observe(step, self.length + new)
+        return new
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         assert self.keys is not None and self.values is not None
@@ -204,20 +209,9 @@ class CQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
         Tokens that were encoded meanwhile stay codes: the window fills up again with new ones.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}): give a negative number of tokens to remove."
-            )
-        if not self.is_initialized:
+        if not self._shorten(tokens_to_remove):
             return
-        # The assisted decoding of transformers 5.16 gives a tensor.
-        length = max(0, self.length + int(tokens_to_remove))
-        if length < self.start or (length == self.start and length > 0):
-            raise RuntimeError(
-                f"crop({tokens_to_remove}) reaches back before the sliding window, whose tokens "
-                "are gone; call activate_past_recording() before the tokens are added."
-            )
-        self.length = length
+        length = self.length
         assert self.keys is not None and self.values is not None
         recent = max(0, length - self.coded_end)
         self.keys, self.values = self.keys[:, :, :recent], self.values[:, :, :recent]
@@ -227,6 +221,24 @@ class CQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.coded_end = length
         if self.sliding_window is not None:
             self._forget_before(length - self.sliding_window + 1)
+
+    def _shorten(self, tokens_to_remove: int) -> bool:
+        """Check what :meth:`crop` is given and set `length`; False when there is nothing to do."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): give a negative number of tokens to remove."
+            )
+        if not self.is_initialized:
+            return False
+        # The assisted decoding of transformers 5.16 gives a tensor.
+        length = max(0, self.length + int(tokens_to_remove))
+        if length < self.start or (length == self.start and length > 0):
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) reaches back before the sliding window, whose tokens "
+                "are gone; call activate_past_recording() before the tokens are added."
+            )
+        self.length = length
+        return True
 
     def reset(self) -> None:
         """Forget all tokens."""

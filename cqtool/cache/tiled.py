@@ -253,25 +253,14 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; see :meth:`CQLayer.crop`."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}): give a negative number of tokens to remove."
-            )
-        if not self.is_initialized:
+        if not self._shorten(tokens_to_remove):
             return
-        length = max(0, self.length + int(tokens_to_remove))
-        if length < self.start or (length == self.start and length > 0):
-            raise RuntimeError(
-                f"crop({tokens_to_remove}) reaches back before the sliding window, whose tokens "
-                "are gone; call activate_past_recording() before the tokens are added."
-            )
-        self.length = length
-        self.coded_end = min(self.coded_end, length)
+        self.coded_end = min(self.coded_end, self.length)
         for store in self.stores.values():
             store.crop(self.coded_end)
         if self.sliding_window is not None:
             recording, self.record_past = self.record_past, False
-            self._slide(length)
+            self._slide(self.length)
             self.record_past = recording
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:

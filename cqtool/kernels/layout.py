@@ -9,7 +9,7 @@ here is plain torch and defines what the kernels mean; docs/kernels.md draws it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -112,6 +112,7 @@ class KeyPlan:
         return place
 
 
+@lru_cache(maxsize=256)
 def plan_keys(
     format: CodeFormat,
     rotation: KeyRotation,

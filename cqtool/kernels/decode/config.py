@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 Pairing = Literal["paired", "closed", "scatter"]
@@ -230,8 +231,14 @@ def share(batch: int, kv_heads: int, tokens: int, launch: DecodeLaunch, sms: int
         launch: the kernels' constants.
         sms: multiprocessors of the GPU.
     """
+    return _share(batch, kv_heads, max(1, _ceil(_ceil(tokens, 16), launch.tiles)), launch, sms)
+
+
+# The search takes a tenth of a millisecond and more, and a decode step asks once a layer. Only the
+# number of steps matters, so that an answer holds for many tokens.
+@lru_cache(maxsize=1024)
+def _share(batch: int, kv_heads: int, steps: int, launch: DecodeLaunch, sms: int) -> Share:
     parts = max(1, sms // kv_heads)
-    steps = max(1, _ceil(_ceil(tokens, 16), launch.tiles))
     best, best_cost = Share(1, 1, False), float("inf")
     for team in (False, True):
         workers = parts if team else parts * launch.warps

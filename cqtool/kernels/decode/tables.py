@@ -89,13 +89,13 @@ class LayerTables:
             scale: factor on turned keys.
         """
         device = self.key_table.device
-        # Heads without permutations of their own share one plan object.
+        # Heads without permutations of their own have one plan.
         made = {
-            id(plan): (phase_steps(inv_freq, plan), turn_table(inv_freq, plan))
-            for plan in {id(plan): plan for plan in self.plans}.values()
+            plan: (phase_steps(inv_freq, plan), turn_table(inv_freq, plan))
+            for plan in set(self.plans)
         }
-        steps = torch.stack([made[id(plan)][0] for plan in self.plans])
-        turns = torch.stack([made[id(plan)][1] for plan in self.plans])
+        steps = torch.stack([made[plan][0] for plan in self.plans])
+        turns = torch.stack([made[plan][1] for plan in self.plans])
         return RopeTable(steps.to(device), turns.to(device), scale)
 
     @property
