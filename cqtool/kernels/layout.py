@@ -259,6 +259,24 @@ def natural_pairs(plan: KeyPlan, rotation: KeyRotation) -> tuple[list[int], list
     return firsts + rest[:split], [partner[ch] for ch in firsts] + rest[split:]
 
 
+def channel_pairs(plan: KeyPlan, rotation: KeyRotation) -> tuple[list[int], list[int]]:
+    """The first and second model channel of each pair, in the order of `plan.frequency`.
+
+    Args:
+        plan: of a key head.
+        rotation: as the plan was made for.
+    """
+    if plan.pairing == "scatter":
+        return natural_pairs(plan, rotation)
+    part = plan.format.channels if plan.pairing == "paired" else plan.format.channels // 2
+    firsts: list[int] = []
+    seconds: list[int] = []
+    for start in range(0, plan.format.head_dim, 2 * part):
+        firsts += plan.channels[start : start + part]
+        seconds += plan.channels[start + part : start + 2 * part]
+    return firsts, seconds
+
+
 def key_table(codebook: Tensor, plan: KeyPlan) -> Tensor:
     """The kernels' tables of the keys.
 

@@ -11,8 +11,8 @@ from cqtool.geometry import KeyRotation
 from cqtool.kernels.layout import (
     CodeFormat,
     KeyPlan,
+    channel_pairs,
     key_table,
-    natural_pairs,
     phase_steps,
     plan_keys,
     turn_table,
@@ -124,13 +124,10 @@ def _plans(
 
 def _channel_maps(plan: KeyPlan, rotation: KeyRotation) -> tuple[Tensor, Tensor]:
     """Each pair's model channels ``[dim / 2, 2]``, and where "scatter" puts kernel channels."""
-    channels, dim = torch.tensor(plan.channels), plan.format.head_dim
+    dim = plan.format.head_dim
+    pairs = torch.tensor(channel_pairs(plan, rotation))
+    place = torch.zeros(dim, dtype=torch.long)
     if plan.pairing == "scatter":
-        firsts, seconds = (torch.tensor(part) for part in natural_pairs(plan, rotation))
-        place = torch.empty(dim, dtype=torch.long)
-        place[firsts] = torch.arange(dim // 2)
-        place[seconds] = torch.arange(dim // 2) + dim // 2
-        return torch.stack((firsts, seconds), dim=1), place[channels]
-    part = plan.format.channels if plan.pairing == "paired" else plan.format.channels // 2
-    pairs = channels.view(-1, 2, part)
-    return torch.stack((pairs[:, 0].flatten(), pairs[:, 1].flatten()), dim=1), torch.zeros(dim)
+        place[pairs.flatten()] = torch.arange(dim)
+        place = place[torch.tensor(plan.channels)]
+    return pairs.T, place

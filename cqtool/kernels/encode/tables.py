@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cqtool.geometry import KeyRotation
+from cqtool.geometry import NO_ROTATION, KeyRotation
 from cqtool.kernels.encode.reference import FIRST, SECOND, pack_map
-from cqtool.kernels.layout import CodeFormat, KeyPlan, natural_pairs
+from cqtool.kernels.layout import CodeFormat, KeyPlan, channel_pairs
 
 PASS = 256
 """Centroids of one table."""
@@ -67,23 +67,15 @@ def key_maps(plans: Sequence[KeyPlan], rotation: KeyRotation | None) -> Tensor:
 
 def _turns(plan: KeyPlan, rotation: KeyRotation | None) -> dict[int, tuple[int, int, int]]:
     """Partner, pair and part of each turning channel; pairs are numbered as `plan.frequency` is."""
-    c, half = plan.format.channels, plan.format.channels // 2
-    pairs = range(plan.format.head_dim // 2)
-    if plan.pairing == "scatter":
-        if rotation is None:
-            return {}
-        firsts, seconds = natural_pairs(plan, rotation)
-    elif plan.pairing == "paired":
-        firsts = [plan.channels[2 * c * (q // c) + q % c] for q in pairs]
-        seconds = [plan.channels[2 * c * (q // c) + c + q % c] for q in pairs]
-    else:
-        firsts = [plan.channels[c * (q // half) + q % half] for q in pairs]
-        seconds = [plan.channels[c * (q // half) + half + q % half] for q in pairs]
+    if plan.pairing == "scatter" and rotation is None:
+        return {}
+    # Only "scatter" plans ask what the rotation was.
+    pairs = zip(*channel_pairs(plan, rotation or NO_ROTATION), strict=True)
     turns = {}
-    for q in pairs:
+    for q, (first, second) in enumerate(pairs):
         if plan.frequency[q] >= 0:
-            turns[firsts[q]] = seconds[q], q, FIRST
-            turns[seconds[q]] = firsts[q], q, SECOND
+            turns[first] = second, q, FIRST
+            turns[second] = first, q, SECOND
     return turns
 
 
