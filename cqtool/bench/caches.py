@@ -38,10 +38,10 @@ class CacheMaker(Protocol):
         """An empty cache for at most `length` tokens of `rows` rows."""
 
     def chunk(self, rows: int, length: int) -> Cache:
-        """An empty cache to be joined with others."""
+        """An empty cache for `length` tokens of `rows` rows, to be joined or repeated."""
 
     def join(self, chunks: list[Cache], rows: int, length: int) -> Cache:
-        """One cache with the rows of all `chunks`, which are emptied."""
+        """One cache for `length` tokens with the rows of all `chunks`, which are emptied."""
 
     def repeat(self, cache: Cache, rows: int, length: int) -> Cache:
         """A cache that holds the one row of `cache`, made by `chunk` and emptied, `rows` times."""
@@ -139,7 +139,7 @@ class CQMaker:
 
     def make(self, rows: int, length: int) -> Cache:
         """See :meth:`CacheMaker.make`."""
-        return CQCache(self.bound, self.model)
+        return CQCache(self.bound, self.model, max_cache_len=length)
 
     def chunk(self, rows: int, length: int) -> Cache:
         """See :meth:`CacheMaker.chunk`."""
@@ -147,12 +147,15 @@ class CQMaker:
 
     def join(self, chunks: list[Cache], rows: int, length: int) -> Cache:
         """See :meth:`CacheMaker.join`."""
-        return CQCache.join([chunk for chunk in chunks if isinstance(chunk, CQCache)])
+        own = [chunk for chunk in chunks if isinstance(chunk, CQCache)]
+        return CQCache.join(own, max_cache_len=length)
 
     def repeat(self, cache: Cache, rows: int, length: int) -> Cache:
         """See :meth:`CacheMaker.repeat`."""
-        cache.batch_repeat_interleave(rows)
-        return cache
+        # One row of the length to come, so that each copy has its room as well.
+        repeated = self.join([cache], 1, length)
+        repeated.batch_repeat_interleave(rows)
+        return repeated
 
     def implementation(self, cache: Cache) -> str | None:
         """See :meth:`CacheMaker.implementation`."""

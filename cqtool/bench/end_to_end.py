@@ -8,7 +8,7 @@ from typing import Any
 
 from cqtool.bench.caches import make_makers
 from cqtool.bench.formats import BenchFormat
-from cqtool.bench.memory import release_memory, within_memory
+from cqtool.bench.memory import growing_segments, release_memory, within_memory
 from cqtool.bench.models import Target, random_model
 from cqtool.bench.runner import GenerationSettings, Runner
 from cqtool.errors import RecipeError
@@ -56,7 +56,8 @@ def bench_generation(
 
     Returns:
         ``rows``, one for each cache and batch, with ``speedup`` over the better 16-bit cache, of
-        the same batch or of its own largest one; ``unavailable``, names and reasons.
+        the same batch or of its own largest one; ``unavailable``, names and reasons;
+        ``allocator``, the settings of torch's memory allocator, the same for all caches.
 
     Raises:
         RecipeError: the largest batch, or compiled code, is asked for on a CPU.
@@ -66,6 +67,18 @@ def bench_generation(
         raise RecipeError("The largest batch is that of a GPU's memory; give a --batch on a CPU.")
     if "static-compiled" in settings.caches and settings.device.type != "cuda":
         raise RecipeError("transformers compiles on a GPU only; leave out --cache static-compiled.")
+    with growing_segments(settings.device) as allocator:
+        return _bench_caches(target, formats, settings, progress, keep, allocator)
+
+
+def _bench_caches(
+    target: Target,
+    formats: Sequence[BenchFormat],
+    settings: GenerationSettings,
+    progress: Progress,
+    keep: Callable[[dict[str, Any]], None],
+    allocator: str | None,
+) -> dict[str, Any]:
     progress.note(f"Making {target.shape.name} with random weights")
     model = random_model(target.config, settings.dtype, settings.device, settings.seed)
     largest = settings.batches is None
@@ -77,6 +90,7 @@ def bench_generation(
         "new": settings.new,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "largest": largest,
+        "allocator": allocator,
         "rows": rows,
         "unavailable": unavailable,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from cqtool.errors import KernelError
+
+_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass
@@ -50,6 +53,31 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     found.torch_peak_bytes = torch.cuda.max_memory_allocated(device)
     found.torch_reserved_bytes = torch.cuda.max_memory_reserved(device)
     found.driver_peak_bytes = _in_use(device)
+
+
+@contextmanager
+def growing_segments(device: torch.device) -> Iterator[str | None]:
+    """Have torch's allocator map memory piece by piece, so that what one cache freed fits the next.
+
+    Without it, freed blocks are of use to tensors of no larger size, and a cache that grows by
+    copies runs out of memory earlier than its bytes say. What the environment asks for stays.
+
+    Set while running: which of the environment's variables counts depends on torch's version, and
+    both count only before the GPU is first used.
+
+    Yields:
+        The settings that hold inside the block; None on a CPU.
+    """
+    given = next((os.environ[name] for name in _VARIABLES if name in os.environ), None)
+    if device.type != "cuda" or given is not None:
+        yield given if device.type == "cuda" else None
+        return
+    release_memory(device)
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    try:
+        yield "expandable_segments:True"
+    finally:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
 
 
 def _in_use(device: torch.device) -> int:

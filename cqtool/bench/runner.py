@@ -78,7 +78,7 @@ class Runner:
             return cache, self._extend(ids, cache)
         chunks, longer = [], []
         for part in torch.split(ids, step):
-            chunk = self.maker.chunk(len(part), length)
+            chunk = self.maker.chunk(len(part), tokens)
             longer.append(self._extend(part, chunk))
             chunks.append(chunk)
         return self.maker.join(chunks, rows, length), torch.cat(longer)
@@ -110,7 +110,7 @@ class Runner:
     def _last_steps(self, rows: int) -> None:
         length = self.settings.length
         ids = self.prompts(1, max(1, length - _PROBE_STEPS - 1))
-        chunk = self.maker.chunk(1, length)
+        chunk = self.maker.chunk(1, ids.shape[1])
         ids = self._extend(ids, chunk)
         cache = self.maker.repeat(chunk, rows, length)
         self.decode(ids.expand(rows, -1).contiguous(), cache, min(_PROBE_STEPS, length - 2))
@@ -120,7 +120,7 @@ class Runner:
         """Run one prefill pass of such a batch, which loads and compiles what it needs."""
         step = max(1, CHUNK_TOKENS // self.settings.prompt) if self.maker.joins else rows
         ids = self.prompts(min(rows, step), self.settings.prompt)
-        self._extend(ids, self.maker.chunk(len(ids), self.settings.length))
+        self._extend(ids, self.maker.chunk(len(ids), self.settings.prompt))
 
     def measure(self, rows: int, runs: int, found_rows: list[dict[str, Any]]) -> None:
         """Generate whole texts; how long it took and what it cost is appended to `found_rows`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ from cqtool.cache.attention import Switch
 from cqtool.cache.codec import CQCodec
 from cqtool.cache.format import CacheFormat
 from cqtool.cache.fused import FusedLayer
+from cqtool.cache.joining import check_alike, check_counts, join_layers, join_rows
 from cqtool.cache.layer import CQLayer
 from cqtool.cache.layer_kernels import unsupported
 from cqtool.cache.loading import load_format
 from cqtool.cache.passes import PassState
 from cqtool.cache.rotary import RotaryHistory
 from cqtool.cache.sinks import SinkColumns
-from cqtool.cache.tiled import TiledLayer
 from cqtool.errors import KernelsUnavailable
 from cqtool.kernels.load import outlook, warn_fallback
 from cqtool.models.tap import AttentionTap
@@ -45,17 +45,27 @@ class CQCache(Cache):
         implementation: ``fused`` attends to the codes as they are, on a CPU in plain torch;
             ``reference`` decodes them for the model's own attention; ``auto`` is the former on a
             CUDA device where format and architecture allow it, and says so once where they do not.
+        max_cache_len: tokens of the longest text to come, prompt included, where that is known:
+            room for the codes is then made once, with nothing to spare. It limits nothing; what is
+            longer grows as it does without. Of no effect on ``reference``, which keeps no reserve.
 
     Raises:
         KernelsUnavailable: ``fused`` was asked for and is impossible; the sentence says why.
+        ValueError: an argument makes no sense.
     """
 
     def __init__(
-        self, format: CacheFormat, model: PreTrainedModel, implementation: Implementation = "auto"
+        self,
+        format: CacheFormat,
+        model: PreTrainedModel,
+        implementation: Implementation = "auto",
+        *,
+        max_cache_len: int | None = None,
     ) -> None:
         if implementation not in get_args(Implementation):
             known = ", ".join(get_args(Implementation))
             raise ValueError(f"implementation={implementation!r}: give one of {known}.")
+        _check_length(max_cache_len)
         self.format = format
         self._tap = AttentionTap.of(model)
         self._sinks = SinkColumns(format.sinks)
@@ -70,7 +80,7 @@ class CQCache(Cache):
             rotary = self._rotary.get(geometry.rotation.source)
             shared = (format.window, self._sinks, rotary, self._tap)
             layers.append(
-                FusedLayer(index, geometry, codecs, *shared, self.state)
+                FusedLayer(index, geometry, codecs, *shared, self.state, max_cache_len)
                 if index in fused
                 else CQLayer(index, geometry, codecs, *shared)
             )
@@ -86,6 +96,7 @@ class CQCache(Cache):
         allow_other_base: bool = False,
         implementation: Implementation = "auto",
         trust_kernels: bool = False,
+        max_cache_len: int | None = None,
     ) -> CQCache:
         """Make a cache from an artifact (or calibration folder), checked against `model`.
 
@@ -97,6 +108,7 @@ class CQCache(Cache):
             implementation: see :class:`CQCache`.
             trust_kernels: run the compiled kernels that the artifact ships, which are code of
                 whoever made it, instead of compiling this package's own.
+            max_cache_len: see :class:`CQCache`.
 
         Raises:
             ArtifactError: the artifact is missing, damaged, of an unknown version, or was made for
@@ -110,7 +122,8 @@ class CQCache(Cache):
             allow_other_base=allow_other_base,
             trust_kernels=trust_kernels,
         )
-        return cls(format.to(model.device), model, implementation)
+        format = format.to(model.device)
+        return cls(format, model, implementation, max_cache_len=max_cache_len)
 
     @property
     def nbytes(self) -> int:
@@ -158,49 +171,39 @@ class CQCache(Cache):
         self._map_batch(lambda tensor: tensor[indices.to(tensor.device), ...])
 
     @classmethod
-    def join(cls, caches: Sequence[CQCache]) -> CQCache:
+    def join(cls, caches: Sequence[CQCache], *, max_cache_len: int | None = None) -> CQCache:
         """Put the rows of several caches into the first of them; the others are emptied.
 
         Args:
             caches: of one format and model, all of the same length.
+            max_cache_len: of the joined cache, see :class:`CQCache`; by default the first one's.
+                Caches to be joined need room for their prompts only.
 
         Returns:
             The first cache, with the rows of all in order. Its layers are joined one after the
             other, so that little more than the result is held at any time.
 
         Raises:
-            ValueError: the caches differ in format or length, or only some of them have rows with
-                padding.
+            ValueError: the caches differ in format, length or implementation, or only some of them
+                have rows with padding.
         """
+        _check_length(max_cache_len)
         first, *others = caches
         length = first.get_seq_length()
         if any(c.format is not first.format or c.get_seq_length() != length for c in others):
             raise ValueError("join takes caches of one format object and the same length.")
-        pairs: list[tuple[_Batched, list[_Batched]]] = [
-            (first._cq_layers[i], [other._cq_layers[i] for other in others])
-            for i in range(len(first.layers))
-        ]
-        pairs.append((first._sinks, [other._sinks for other in others]))
-        pairs += [
-            (history, [other._rotary[source] for other in others])
-            for source, history in first._rotary.items()
-        ]
-        counts = [{_count(each) for each in (target, *sources)} for target, sources in pairs]
-        if any(len(count) > 1 for count in counts):
-            raise ValueError("join takes caches that all know padding, or none of them.")
+        layers = list(zip(*(cache._cq_layers for cache in caches), strict=True))
+        shared = [[cache._sinks.map_batch for cache in caches]]
+        shared += [[c._rotary[source].map_batch for c in caches] for source in first._rotary]
+        for each in layers:
+            check_alike(each)
+        for maps in shared:
+            check_counts(maps)
         limit = max(cache._sinks.limit for cache in caches)
-        for target, sources in pairs:
-            if isinstance(target, TiledLayer):
-                same = [each for each in sources if isinstance(each, TiledLayer)]
-                TiledLayer.reserve_alike([target, *same])
-            # Both sides are walked in the same order.
-            found: list[list[Tensor]] = [[] for _ in sources]
-            for source, tensors in zip(sources, found, strict=True):
-                source.map_batch(_collector(tensors))
-            target.map_batch(_extender(found))
-            for source in sources:
-                if isinstance(source, CQLayer):
-                    source.reset()
+        for each in layers:
+            join_layers(each, max_cache_len)
+        for maps in shared:
+            join_rows(maps)
         first._sinks.limit = limit
         first.state.clear()
         for other in others:
@@ -232,30 +235,9 @@ class CQCache(Cache):
         )
 
 
-class _Batched(Protocol):
-    """Something whose tensors have a batch dimension."""
-
-    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a change of it to every tensor, always in the same order."""
-
-
-def _extender(found: list[list[Tensor]]) -> Callable[[Tensor], Tensor]:
-    rows = [iter(tensors) for tensors in found]
-    return lambda mine: torch.cat([mine, *(next(tensors) for tensors in rows)])
-
-
-def _count(batched: _Batched) -> int:
-    tensors: list[Tensor] = []
-    batched.map_batch(_collector(tensors))
-    return len(tensors)
-
-
-def _collector(into: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    def collect(tensor: Tensor) -> Tensor:
-        into.append(tensor)
-        return tensor
-
-    return collect
+def _check_length(max_cache_len: int | None) -> None:
+    if max_cache_len is not None and max_cache_len < 1:
+        raise ValueError(f"max_cache_len={max_cache_len}: give 1 or more, or leave it out.")
 
 
 def _fusable_layers(

@@ -86,6 +86,8 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
         query = query.to(self.dtype)
         if query.stride(3) != 1:
             query = query.contiguous()
+        assert self.keys is not None and self.values is not None
+        has_ring = self.keys.shape[2] > 0
         # Once columns are dropped, no sink is in sight any more.
         has_sinks = bool(self.kept) and base == 0
         found = decode_attention(
@@ -101,8 +103,8 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
             ),
             scale=scale,
             dense=DenseTokens(
-                self.keys,
-                self.values,
+                self.keys if has_ring else None,
+                self.values if has_ring else None,
                 self.kept["key"] if has_sinks else None,
                 self.kept["value"] if has_sinks else None,
             ),
@@ -117,11 +119,11 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
         return found.to(dtype)
 
     def _take_marked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self._write(keys, values, self.length)
-        self.length += keys.shape[2]
         if keys.shape[2] == 1:
-            self._settle(self.length - self.window)
+            self._append(keys, values)
         else:
+            self._write(keys, values, self.length)
+            self.length += keys.shape[2]
             # A pass over several tokens sees the window before them as it was.
             self.unsettled = True
         setattr(keys, MARK, self)
@@ -155,7 +157,7 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
         self._check_attended()
         super().crop(tokens_to_remove)
 
-    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a change of the batch dimension to every stored tensor."""
+    def map_dense(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch dimension to all but the codes."""
         self._check_attended()
-        super().map_batch(change)
+        super().map_dense(change)

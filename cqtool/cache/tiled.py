@@ -1,12 +1,13 @@
 """The storage of a fused layer: codes in tiles, the window in a ring, both written in place.
 
-Column n of the window lies at ``n % capacity``. Nothing is concatenated in a decode step.
+Column n of the window lies at ``n % capacity``. Nothing is concatenated in a decode step. Without a
+window there is no ring until a pass over several tokens attends to codes, which needs one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from cqtool.cache.format import LayerCodecs
 from cqtool.cache.layer import CQLayer
 from cqtool.cache.layer_kernels import layer_kernels
 from cqtool.cache.passes import PassState
+from cqtool.cache.ring import make_ring, put
 from cqtool.cache.rotary import RotaryHistory
 from cqtool.cache.sinks import SinkColumns
 from cqtool.cache.tiles import TileStore
@@ -45,6 +47,7 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         rotary: angles of the cached tokens, shared by the layers with the same RoPE table.
         tap: the model's hooks.
         state: of the running pass, shared by all layers of the cache.
+        max_length: tokens of the longest text to come, None when nobody knows.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         rotary: RotaryHistory | None,
         tap: AttentionTap,
         state: PassState,
+        max_length: int | None = None,
     ) -> None:
         if geometry.sliding_window is not None:
             # No token beyond is attended to, but for those that a rejected draft gives back.
@@ -65,6 +69,7 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         self.geometry = geometry
         self.shared_codecs = codecs
         self.state = state
+        self.max_length = max_length
         self.capacity = -(-(window + FEW) // 8) * 8
         # Columns are dropped from the front in steps that leave the rest in its place in the ring.
         self.unit = math.lcm(TILE, self.capacity)
@@ -78,17 +83,35 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         """Learn dtype, device and batch from the first states, and make room for a window."""
         super().lazy_initialization(key_states, value_states)
         self.kernels = layer_kernels(self.geometry, self.shared_codecs, self.device)
-        rings = []
+        expected = self.expected
         for name, states in (("key", key_states), ("value", value_states)):
-            batch, heads, _, dim = states.shape
-            store = TileStore(batch, heads, self.kernels.tile_bytes(name), self.device)
+            batch, heads = states.shape[:2]
+            store = TileStore(batch, heads, self.kernels.tile_bytes(name), self.device, expected)
             store.reserve(1)
             self.stores[name] = store
-            # Written to in place later on, which a tensor made in inference mode refuses.
-            with torch.inference_mode(False):
-                shape = (batch, heads, self.capacity, dim)
-                rings.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
-        self.keys, self.values = rings
+        # No view of the states, which would keep a whole prompt in memory.
+        self.keys = make_ring(key_states, 0, self.dtype)
+        self.values = make_ring(value_states, 0, self.dtype)
+        if self.window:
+            self.make_ring()
+
+    @property
+    def expected(self) -> int:
+        """Columns of codes that the longest text will have at a time, 0 when nobody knows."""
+        if self.max_length is None:
+            return 0
+        most = self.max_length
+        if self.sliding_window is not None:
+            # Dropped in steps of a unit, and not before the sinks are out of sight.
+            most = min(most, self.sliding_window + max(self.unit, self.sinks.limit) + FEW)
+        return max(1, most - self.window)
+
+    def make_ring(self) -> None:
+        """Make room for a window and a pass over several tokens, unless it is there."""
+        assert self.keys is not None and self.values is not None
+        if self.keys.shape[2] == 0:
+            self.keys = make_ring(self.keys, self.capacity, self.dtype)
+            self.values = make_ring(self.values, self.capacity, self.dtype)
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         key_states, value_states = key_states.detach(), value_states.detach()
@@ -105,13 +128,12 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
 
     def _write(self, keys: Tensor, values: Tensor, column: int) -> None:
         """Put up to `capacity` tokens into the ring."""
-        index, new = column % self.capacity, keys.shape[2]
-        head = min(new, self.capacity - index)
-        for ring, states in ((self.keys, keys.detach()), (self.values, values.detach())):
-            assert ring is not None
-            ring[:, :, index : index + head].copy_(states[:, :, :head])
-            if head < new:
-                ring[:, :, : new - head].copy_(states[:, :, head:])
+        if keys.shape[2] == 0:
+            return
+        self.make_ring()
+        assert self.keys is not None and self.values is not None
+        put(self.keys, keys.detach(), column)
+        put(self.values, values.detach(), column)
 
     def _settle(self, stop: int) -> None:
         """Encode the ring's columns before `stop`."""
@@ -243,14 +265,6 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         key = ("position", id(self.rotary), column, self.device)
         return self.state.derived(key, origin, lambda: column - origin)
 
-    @staticmethod
-    def reserve_alike(layers: Sequence[TiledLayer]) -> None:
-        """Give the stores of initialized layers of several caches the same number of tiles."""
-        for name in layers[0].stores:
-            most = max(layer.stores[name].tiles.shape[2] for layer in layers)
-            for layer in layers:
-                layer.stores[name].reserve(layer.stores[name].base + most * TILE)
-
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; see :meth:`CQLayer.crop`."""
         if not self._shorten(tokens_to_remove):
@@ -265,12 +279,15 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch dimension to every stored tensor."""
-        if not self.is_initialized:
-            return
+        self.map_dense(change)
         with torch.inference_mode(False):
-            super().map_batch(change)
             for store in self.stores.values():
                 store.map_batch(change)
+
+    def map_dense(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch dimension to all but the codes."""
+        with torch.inference_mode(False):
+            super().map_batch(change)
 
     @property
     def nbytes(self) -> int:
@@ -282,5 +299,5 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         """Bytes that the tokens of this layer take in the model's dtype."""
         if self.keys is None or self.values is None:
             return 0
-        a_token = (self.keys.nbytes + self.values.nbytes) // self.capacity
-        return a_token * (self.length - self.start)
+        rows = self.keys.shape[0] * self.keys.shape[1] * (self.length - self.start)
+        return rows * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()

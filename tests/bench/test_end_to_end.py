@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from cqtool.bench import caches as caches_module
 from cqtool.bench import end_to_end
 from cqtool.bench import runner as runner_module
 from cqtool.bench.caches import CacheMaker, CQMaker, make_makers
 from cqtool.bench.end_to_end import largest_batch
 from cqtool.bench.formats import parse_formats
-from cqtool.bench.memory import is_out_of_memory, peak_memory, within_memory
+from cqtool.bench.memory import (
+    growing_segments,
+    is_out_of_memory,
+    peak_memory,
+    within_memory,
+)
 from cqtool.bench.models import find_target, random_model
 from cqtool.bench.run import run
 from cqtool.bench.runner import GenerationSettings, Runner, cache_bytes
 from cqtool.bench.settings import make_settings
+from cqtool.cache import CacheFormat, CQCache
 from cqtool.errors import EnvironmentProblem, KernelError, RecipeError
 from cqtool.progress import SILENT
 
@@ -111,6 +119,56 @@ def test_a_cache_is_as_large_as_its_tensors(model: PreTrainedModel) -> None:
     assert sizes["cq"] < sizes["dynamic"] / 10
 
 
+class _FusedCache(CQCache):
+    """As on a GPU; the kernels' work is done by plain torch."""
+
+    def __init__(self, format: CacheFormat, model: PreTrainedModel, **options: Any) -> None:
+        super().__init__(format, model, "fused", **options)
+
+
+def test_the_last_steps_are_tried_with_the_room_of_a_whole_text(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caches_module, "CQCache", _FusedCache)
+    monkeypatch.setattr(runner_module, "CHUNK_TOKENS", 2 * SETTINGS.prompt)
+    settings = replace(SETTINGS, new=14)
+    maker = make_makers(model, ["cq"], parse_formats(["cq-8c8b"]), 0)[0]
+    runner = Runner(model, maker, settings)
+    seen: list[tuple[int, int, list[int]]] = []
+    decode = runner.decode
+
+    def tiles(cache: Any) -> list[int]:
+        return [store.tiles.shape[2] for layer in cache.layers for store in layer.stores.values()]
+
+    def look(ids: torch.Tensor, cache: Any, new: int) -> torch.Tensor:
+        before = tiles(cache)
+        found = decode(ids, cache, new)
+        assert tiles(cache) == before, "the storage moved"
+        seen.append((len(ids), cache.nbytes, before))
+        return found
+
+    parts: list[list[int]] = []
+    join = maker.join
+
+    def look_at_parts(chunks: list[Any], rows: int, length: int) -> Any:
+        parts.extend(tiles(chunk) for chunk in chunks)
+        return join(chunks, rows, length)
+
+    monkeypatch.setattr(runner, "decode", look)
+    monkeypatch.setattr(maker, "join", look_at_parts)
+    runner._last_steps(5)
+    for rows in (5, 2):
+        cache, longer = runner.prefill(runner.prompts(rows, settings.prompt))
+        runner.decode(longer, cache, settings.new - 1)
+    (probed, joined, alone) = seen
+    # 20 + 14 tokens are three tiles; positions are those of one row or of all.
+    assert probed[2] == joined[2] == alone[2] == [3] * 4
+    assert probed[0] == joined[0] == 5
+    assert probed[1] == joined[1]
+    # The one row of 30 tokens that was repeated, and prompts of 2, 2 and 1 rows.
+    assert parts == [[2] * 4] * 4
+
+
 @pytest.mark.parametrize("limit", [1, 2, 7, 100, 224, 1000, 2731])
 def test_the_largest_batch_is_found_to_two_percent_in_few_tries(limit: int) -> None:
     tried: list[int] = []
@@ -172,6 +230,25 @@ def test_a_cpu_counts_no_peak_memory() -> None:
     with peak_memory(torch.device("cpu")) as found:
         torch.zeros(1000)
     assert set(found.to_json().values()) == {None}
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_is_told_to_grow_unless_the_environment_says_how(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    monkeypatch.setattr("cqtool.bench.memory.release_memory", lambda device: None)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    with growing_segments(torch.device("cpu")) as found:
+        assert (found, told) == (None, [])
+    with growing_segments(torch.device("cuda")) as found:
+        assert (found, told) == ("expandable_segments:True", ["expandable_segments:True"])
+    assert told[1:] == ["expandable_segments:False"]
+    monkeypatch.setenv(name, "max_split_size_mb:64")
+    with growing_segments(torch.device("cuda")) as found:
+        assert (found, len(told)) == ("max_split_size_mb:64", 2)
 
 
 def test_what_needs_a_gpu_says_so_on_a_cpu() -> None:

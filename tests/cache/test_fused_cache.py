@@ -20,6 +20,7 @@ from transformers.masking_utils import (
 from zoo import WIDE, random_ids, tiny
 
 from cqtool.cache import CacheFormat, CQCache, LayerCodecs
+from cqtool.cache import cache as cache_module
 from cqtool.cache import fused as fused_module
 from cqtool.cache.attention import _Probe
 from cqtool.cache.fused import FusedLayer
@@ -602,6 +603,108 @@ def test_what_is_counted_is_what_is_held_in_memory():
     kept_and_ring = (3 + 16) * 64 * 4
     assert held == 2 * 2 * 2 * (tiles * 16 * 8 + kept_and_ring)
     assert cache.nbytes_full == 320 * 2 * 2 * 2 * 64 * 4
+
+
+def stored(cache):
+    """The tiles of every layer's keys and values."""
+    return [store.tiles for layer in cache.layers for store in layer.stores.values()]
+
+
+def test_without_a_window_nothing_is_kept_in_full_until_a_pass_needs_it(attended):
+    model = tiny("wide-llama")
+    ids = random_ids(2, 40)
+    rings = []
+
+    def drive(cache):
+        logits = []
+        for done, size in ((0, 20), (20, 1), (21, 1), (22, 9), (31, 4), (35, 1), (36, 3)):
+            logits.append(feed(model, cache, ids[:, done : done + size], [size]))
+            if cache.implementation == "fused":
+                rings.append({layer.keys.shape[2] for layer in cache.layers})
+                rings.append({layer.values.shape[2] for layer in cache.layers})
+                assert (
+                    cache.nbytes
+                    == sum(t.nbytes for t in stored(cache))
+                    + sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+                    + 4 * (done + size)
+                    + 32 * 4
+                )
+        return torch.cat(logits, dim=1)
+
+    same(model, kernel_format(model), drive)
+    assert rings == [{0}] * 8 + [{8}] * 6
+    assert [tokens for layer, tokens in attended if layer == 0] == [1, 1, 4, 1, 3]
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (5, 3)])
+def test_room_for_a_known_length_is_made_once_and_limits_nothing(window, sinks, attended):
+    model = tiny("wide-llama")
+    ids = random_ids(2, 420)
+    format = kernel_format(model, window=window, sinks=sinks)
+    fused = CQCache(format, model, "fused", max_cache_len=340)
+    reference = CQCache(format, model, "reference", max_cache_len=340)
+    with torch.no_grad():
+        feed(model, fused, ids, [300])
+        feed(model, reference, ids, [300])
+        assert reference.nbytes < fused.nbytes, "it has no reserve"
+        before = stored(fused)
+        assert {tiles.shape[2] for tiles in before} == {22 if window == 0 else 21}
+        logits = [feed(model, each, ids[:, 300:], [1] * 30) for each in (fused, reference)]
+        assert all(a is b for a, b in zip(stored(fused), before, strict=True))
+        close(*logits)
+        # Beyond it.
+        more = ids[:, 330:]
+        close(*(feed(model, each, more, [1, 30, 5, *[1] * 10]) for each in (fused, reference)))
+        assert fused.get_seq_length() == 376
+        fused.reset()
+        feed(model, fused, ids, [10])
+        assert [tiles.shape for tiles in stored(fused)] == [tiles.shape for tiles in before]
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (5, 3), (40, 0), (4, 18)])
+def test_a_sliding_layer_makes_no_more_room_than_it_keeps(window, sinks, attended):
+    model = tiny("wide-mistral")
+    ids, mask = random_ids(2, 240), padded(2, 240, 0, 3)
+    format = kernel_format(model, window=window, sinks=sinks)
+    cache = CQCache(format, model, "fused", max_cache_len=240)
+    with torch.no_grad():
+        feed(model, cache, ids[:, :30], [30], mask[:, :30])
+        before = stored(cache)
+        layer = cache.layers[0]
+        kept = 16 + max(layer.unit, sinks + 3) + 8
+        assert {tiles.shape[2] for tiles in before} == {-(-(kept - layer.window) // 16)}
+        for done in range(30, 240, 15):
+            for size, start in ((1, 0), (1, 1), (8, 2), (5, 10)):
+                stop = done + start + size
+                positions = mask.cumsum(-1)[:, done + start : stop] - 1
+                model(
+                    input_ids=ids[:, done + start : stop],
+                    attention_mask=mask[:, :stop],
+                    position_ids=positions,
+                    past_key_values=cache,
+                )
+        assert all(a is b for a, b in zip(stored(cache), before, strict=True))
+    short = CQCache(format, model, "fused", max_cache_len=9)
+    with torch.no_grad():
+        feed(model, short, ids, [5])
+    assert {tiles.shape[2] for tiles in stored(short)} == {1}
+
+
+def test_a_loaded_cache_makes_room_for_a_length_that_is_given(monkeypatch):
+    model = tiny("wide-llama")
+    format = kernel_format(model)
+    monkeypatch.setattr(cache_module, "load_format", lambda path, model, **options: format)
+    options = {"implementation": "fused", "max_cache_len": 100}
+    cache = CQCache.from_pretrained("a folder", model, **options)
+    with torch.no_grad():
+        feed(model, cache, random_ids(1, 9), [9])
+    assert {tiles.shape[2] for tiles in stored(cache)} == {7}
+
+
+def test_a_length_that_cannot_be_is_refused():
+    model = tiny("wide-llama")
+    with pytest.raises(ValueError, match="max_cache_len=0: give 1 or more"):
+        CQCache(kernel_format(model), model, max_cache_len=0)
 
 
 def test_layers_without_a_kernel_stay_beside_those_with_one(attended):

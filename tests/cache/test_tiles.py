@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cqtool.cache.tiles import TileStore
@@ -52,6 +53,39 @@ def test_storage_grows_by_a_quarter_and_counts_its_reserve():
     store.reserve(101 * 16)
     assert store.tiles.shape[2] == 125
     assert store.nbytes == store.tiles.untyped_storage().nbytes() == 2 * 3 * 125 * 16 * 8
+
+
+def test_the_first_storage_is_what_is_expected_and_what_exceeds_it_grows():
+    store = TileStore(2, 3, FORMAT.tile_bytes, torch.device("cpu"), expected=330)
+    store.reserve(1)
+    assert store.tiles.shape == (2, 3, 21, 128)
+    before = store.tiles
+    store.reserve(336)
+    assert store.tiles is before
+    store.reserve(337)
+    assert store.tiles.shape[2] == 37
+    short = TileStore(2, 3, FORMAT.tile_bytes, torch.device("cpu"), expected=5)
+    short.reserve(100)
+    assert short.tiles.shape[2] == 7
+
+
+@pytest.mark.parametrize(("expected", "tiles"), [(0, 32), (50, 19), (320, 20)])
+def test_joined_rows_lie_behind_one_another_with_the_room_that_is_expected(expected, tiles):
+    codes = torch.randint(0, 256, (5, 3, 300, 8), generator=torch.Generator().manual_seed(1))
+    stores = []
+    for rows, room in ((2, 0), (1, 32 * 16), (2, 300)):
+        store = TileStore(rows, 3, FORMAT.tile_bytes, torch.device("cpu"), room)
+        first = sum(each.tiles.shape[0] for each in stores)
+        store.append(300, write(codes[first : first + rows]))
+        stores.append(store)
+    first, *others = stores
+    first.expected = expected
+    first.join(others)
+    assert first.tiles.shape[:3] == (5, 3, tiles)
+    assert torch.equal(read(first, 0, 300), codes)
+    assert [each.nbytes for each in others] == [0, 0]
+    first.append(40, write(codes[:, :, :40]))
+    assert torch.equal(read(first, 290, 340), torch.cat((codes[:, :, 290:], codes[:, :, :40]), 2))
 
 
 def test_dropping_from_the_front_reuses_the_space():

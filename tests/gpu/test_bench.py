@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cqtool.bench.kernels import KernelSettings, bench_decode
-from cqtool.bench.memory import peak_memory
+from cqtool.bench.memory import growing_segments, peak_memory
 from cqtool.bench.problem import AttentionLoad
 from cqtool.bench.run import run
 from cqtool.bench.settings import make_settings
@@ -54,6 +54,27 @@ def test_the_peak_is_what_was_held_at_once(device):
     assert found.driver_before_bytes is not None
     assert found.torch_peak_bytes >= 3 << 28
     assert found.driver_peak_bytes - found.driver_before_bytes >= 3 << 28
+
+
+def test_the_allocator_grows_inside_the_block_only(device, monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+
+    def expandable() -> bool:
+        # Larger than anything that may lie unused, so that a segment is made for it.
+        held = torch.empty(3 << 30, dtype=torch.uint8, device=device)
+        segments = torch.cuda.memory_snapshot()
+        (own,) = [
+            s for s in segments if s["address"] <= held.data_ptr() < s["address"] + s["total_size"]
+        ]
+        return bool(own["is_expandable"])
+
+    torch.cuda.empty_cache()
+    with growing_segments(device) as settings:
+        assert settings == "expandable_segments:True"
+        assert expandable()
+    torch.cuda.empty_cache()
+    assert not expandable()
 
 
 def test_the_largest_batch_of_a_small_model_is_generated(device):

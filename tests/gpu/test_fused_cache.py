@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,13 @@ def test_passes_over_several_tokens_and_further_turns(name, dtype, attended):
     assert [tokens for layer, tokens in attended if layer == 0] == [2, 8, 1, 1, 5, 1, 3, 1, 8, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_first_pass_over_several_tokens_finds_a_ring(dtype, attended):
+    cache = check("wide-llama", dtype, [40, 1, 1, 5, 1, 8, 1, 1], padding=0)
+    assert [tokens for layer, tokens in attended if layer == 0] == [1, 1, 5, 1, 8, 1, 1]
+    assert {layer.keys.shape[2] for layer in cache.layers} == {8}
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [((2, 8), (8, 8)), ((4, 8), (4, 8)), ((8, 10), (8, 10)), ((8, 8), (2, 8))]
 )
@@ -137,10 +145,11 @@ def test_generation_beams_and_drafts_run_through():
         assert out.shape == (rows, 54) and cache.implementation == "fused"
 
 
-def test_a_step_over_one_token_does_not_wait_for_the_gpu_in_the_cache():
+@pytest.mark.parametrize(("window", "sinks"), [(6, 2), (0, 0)])
+def test_a_step_over_one_token_does_not_wait_for_the_gpu_in_the_cache(window, sinks):
     model = tiny("wide-mistral", dtype=torch.float16).cuda()
-    format = kernel_format(tiny("wide-mistral"), window=6, sinks=2).to(torch.device("cuda"))
-    cache = CQCache(format, model)
+    format = kernel_format(tiny("wide-mistral"), window=window, sinks=sinks)
+    cache = CQCache(format.to(torch.device("cuda")), model)
     ids = random_ids(2, 200).cuda()
     with torch.no_grad():
         model(input_ids=ids[:, :50], past_key_values=cache)
@@ -238,6 +247,46 @@ def test_memory_stays_near_the_compressed_size():
     full = DynamicCache(config=model.config)
     start, peak, after = peak_of(lambda: (prefill(full), decode(full)))
     assert after - start > 8 * cache.nbytes
+
+
+def test_a_known_length_is_all_that_a_large_batch_takes():
+    model, format = llama_with_long_memory()
+    format = replace(format, window=0, sinks=0)
+    rows, chunk, prompt, new = 64, 16, 1024, 1024
+    ids = random_ids(rows, prompt + new).cuda()
+
+    def fill(cache, part):
+        with torch.no_grad():
+            model(input_ids=part[:, :prompt], past_key_values=cache, logits_to_keep=1)
+
+    def decode(cache, tokens):
+        with torch.no_grad():
+            for token in ids[:, prompt : prompt + tokens].split(1, dim=1):
+                model(input_ids=token, past_key_values=cache)
+
+    warm = CQCache(format, model)
+    fill(warm, ids)
+    decode(warm, 2)
+    del warm
+    parts = [CQCache(format, model, max_cache_len=prompt) for _ in range(rows // chunk)]
+    for part, own in zip(parts, ids.split(chunk), strict=True):
+        fill(part, own)
+    # 32 bytes a token and kv head: 16 groups of 8 bits, of keys and of values.
+    token = 4 * 8 * 32
+    positions = sum(history.nbytes for part in parts for history in part._rotary.values())
+    assert sum(part.nbytes for part in parts) == rows * prompt * token + positions
+    whole = rows * (prompt + new) * token
+    slack = 4 << 20
+    start, peak, after = peak_of(lambda: CQCache.join(parts, max_cache_len=prompt + new))
+    cache = parts[0]
+    assert after - start <= whole - rows * prompt * token + slack
+    # One layer exists twice while it is moved: as its chunks, and joined.
+    assert peak - after <= rows * prompt * token / 4 + slack
+    held = cache.nbytes
+    start, peak, after = peak_of(lambda: decode(cache, new))
+    assert cache.implementation == "fused" and cache.get_seq_length() == prompt + new
+    assert cache.nbytes - held <= rows * new * 8, "positions alone were added"
+    assert peak - start <= 64 << 20
 
 
 def test_a_gpu_without_kernels_says_so_and_uses_the_reference(monkeypatch):
