@@ -170,7 +170,7 @@ def reason_of(error: BaseException, said: Warning | str | None = None) -> str:
     """An exception in one line, and a warning that came before it in another sentence."""
     if is_out_of_memory(error):
         return "not enough GPU memory"
-    if isinstance(error, ImportError):
+    if isinstance(error, ModuleNotFoundError):  # others are installed and say what is broken
         return "not installed"
     ours = isinstance(error, KernelError | WrongResult | NotImplementedError | ValueError)
     lines = [("" if ours else f"{type(error).__name__}: ") + _first_line(error)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from cqtool.bench.problem import DenseProblem
 
@@ -62,10 +62,8 @@ def _flash_attn(module: str) -> Prepare:
     def prepare(problem: DenseProblem) -> list[Attend]:
         function: Any = importlib.import_module(module).flash_attn_with_kvcache
         calls: list[Attend] = []
-        for index in range(len(problem.queries)):
-            query = problem.queries[index].transpose(1, 2).contiguous()
-            keys = problem.keys[index].transpose(1, 2).contiguous()
-            values = problem.values[index].transpose(1, 2).contiguous()
+        for copy in zip(problem.queries, problem.keys, problem.values, strict=True):
+            query, keys, values = (states.transpose(1, 2).contiguous() for states in copy)
 
             def attend(q: Tensor = query, k: Tensor = keys, v: Tensor = values) -> Tensor:
                 out: Tensor = function(q, k, v)
@@ -77,48 +75,90 @@ def _flash_attn(module: str) -> Prepare:
     return prepare
 
 
-def _flashinfer(tensor_cores: bool) -> Prepare:
-    """FlashInfer's batch decode over pages of 16 tokens, planned ahead."""
+def _paged(states: Tensor, layout: str, page: int) -> Tensor:
+    """Cut keys or values into pages, in order; the last one of a row is filled with zeros.
+
+    Args:
+        states: ``[batch, kv_heads, tokens, head_dim]``.
+        layout: "HND" (a page holds one kv head after the other) or "NHD" (one token after the
+            other).
+        page: tokens of a page.
+
+    Returns:
+        ``[batch * pages, kv_heads, page, head_dim]``, or for "NHD"
+        ``[batch * pages, page, kv_heads, head_dim]``.
+    """
+    batch, kv_heads, tokens, head_dim = states.shape
+    pages = -(-tokens // page)
+    states = pad(states, (0, 0, 0, pages * page - tokens))
+    states = states.view(batch, kv_heads, pages, page, head_dim)
+    order = (0, 2, 1, 3, 4) if layout == "HND" else (0, 2, 3, 1, 4)
+    return states.permute(*order).flatten(0, 1).contiguous()
+
+
+def _flashinfer(*, tensor_cores: bool, layout: str = "NHD", page: int = 16) -> Prepare:
+    """FlashInfer's batch decode over pages, planned ahead; "NHD" is its own default.
+
+    Its plan is not one for CUDA graphs, which would have to leave room for other lengths: every
+    replay here has the lengths that were planned for.
+    """
 
     def prepare(problem: DenseProblem) -> list[Attend]:
         flashinfer: Any = importlib.import_module("flashinfer")
-        load, page = problem.load, 16
-        if load.tokens % page:
-            raise NotImplementedError(f"{load.tokens} tokens are not whole pages of {page}")
-        query = problem.queries[0]
-        pages = load.tokens // page
-        device = query.device
+        load, device = problem.load, problem.queries[0].device
+        pages = -(-load.tokens // page)
         rows = torch.arange(load.batch + 1, device=device, dtype=torch.int32)
         calls: list[Attend] = []
-        for index in range(len(problem.queries)):
+        for query, keys, values in zip(problem.queries, problem.keys, problem.values, strict=True):
             workspace = torch.zeros(128 << 20, dtype=torch.uint8, device=device)
             wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                workspace, "NHD", use_tensor_cores=tensor_cores
+                workspace, layout, use_tensor_cores=tensor_cores
             )
             wrapper.plan(
                 rows * pages,
                 torch.arange(load.batch * pages, device=device, dtype=torch.int32),
-                torch.full_like(rows[1:], page),
+                torch.full_like(rows[1:], load.tokens - (pages - 1) * page),
                 load.heads,
                 load.kv_heads,
                 load.head_dim,
                 page,
                 pos_encoding_mode="NONE",
                 q_data_type=query.dtype,
-                kv_data_type=query.dtype,
+                kv_data_type=keys.dtype,
             )
-            paged = tuple(
-                states.transpose(1, 2).reshape(-1, page, load.kv_heads, load.head_dim).contiguous()
-                for states in (problem.keys[index], problem.values[index])
+            paged = (_paged(keys, layout, page), _paged(values, layout, page))
+            calls.append(partial(wrapper.run, query[:, :, 0], paged))
+        return calls
+
+    return prepare
+
+
+def _flashinfer_xqa(*, layout: str = "NHD", page: int = 16) -> Prepare:
+    """XQA: TensorRT-LLM's decode kernels for grouped queries, which FlashInfer ships."""
+
+    def prepare(problem: DenseProblem) -> list[Attend]:
+        decode: Any = importlib.import_module("flashinfer.decode")
+        load, device = problem.load, problem.queries[0].device
+        pages = -(-load.tokens // page)
+        table = torch.arange(load.batch * pages, device=device, dtype=torch.int32)
+        lengths = torch.full((load.batch,), load.tokens, device=device, dtype=torch.int32)
+        calls: list[Attend] = []
+        for query, keys, values in zip(problem.queries, problem.keys, problem.values, strict=True):
+            # Its first 8 MiB count finished blocks: calls must not share it, nor find it dirty.
+            workspace = torch.zeros(128 << 20, dtype=torch.uint8, device=device)
+            call = partial(
+                decode.xqa_batch_decode_with_kv_cache,
+                query[:, :, 0],
+                (_paged(keys, layout, page), _paged(values, layout, page)),
+                workspace,
+                table.view(load.batch, pages),
+                lengths,
+                pages * page,
+                bmm1_scale=load.head_dim**-0.5,
+                bmm2_scale=1.0,
+                kv_layout=layout,
             )
-
-            def attend(
-                run: Any = wrapper.run, q: Tensor = problem.queries[index][:, :, 0], kv: Any = paged
-            ) -> Tensor:
-                out: Tensor = run(q, kv)
-                return out
-
-            calls.append(attend)
+            calls.append(call)
         return calls
 
     return prepare
@@ -133,6 +173,7 @@ RIVALS: Mapping[str, Prepare] = {
     "sdpa efficient, folded": _sdpa(SDPBackend.EFFICIENT_ATTENTION, folded=True),
     "flashinfer": _flashinfer(tensor_cores=False),
     "flashinfer, tensor cores": _flashinfer(tensor_cores=True),
+    "flashinfer, xqa": _flashinfer_xqa(),
     "flash-attn 2": _flash_attn("flash_attn"),
     "flash-attn 3": _flash_attn("flash_attn_interface"),
 }
