@@ -112,6 +112,8 @@ def _decode_variants(
                 rows=heads * tokens,
                 pairing=plan.pairing,
                 rotate=layer.rotation.style != "none",
+                # As of any base of 10000 and more.
+                slow=layer.rotation.style != "none",
                 dtype=dtype,
                 softcap=softcap,
             )

@@ -161,6 +161,7 @@ class CodedProblem:
             self.load.heads // self.load.kv_heads,
             tables.pairing,
             self.rotation.style != "none",
+            self.rope.slow,
             str(query.dtype).removeprefix("torch."),
         )
 

@@ -57,6 +57,10 @@ DEVICE void mma_1688(float (&c)[4], u32 a0, u32 a1, u32 b0) {
       : "r"(a0), "r"(a1), "r"(b0));
 }
 
+DEVICE void prefetch(const void* global) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
+}
+
 DEVICE void copy_async_16(void* shared, const void* global) {
   u32 address = static_cast<u32>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
@@ -64,6 +68,32 @@ DEVICE void copy_async_16(void* shared, const void* global) {
 DEVICE void copy_async_wait() {
   asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
 }
+
+// Bulk copies by the asynchronous unit, which take no thread's time. `barrier` is eight bytes of
+// shared memory: one thread makes it and starts the copies (their bytes in all given first), and
+// all may wait for it once they have seen a __syncthreads().
+#if __CUDA_ARCH__ >= 900
+DEVICE u32 shared_address(const void* shared) {
+  return static_cast<u32>(__cvta_generic_to_shared(shared));
+}
+DEVICE void bulk_expect(u64* barrier, u32 bytes) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;\n"
+               "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+DEVICE void bulk_wait(u64* barrier) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra AGAIN;\n}"
+      ::"r"(shared_address(barrier)) : "memory");
+}
+#endif
 
 // Programmatic dependent launch: the next kernel of the stream may start its preparations while this
 // one runs, and waits before it reads what this one writes. Nothing happens unless the launch asks.

@@ -10,21 +10,22 @@ from cqtool.kernels.decode.op import variants
 from cqtool.kernels.variants import ARCHITECTURES, Variant
 
 FORMATS = {"8c8b": (8, 8), "4c8b": (4, 8), "2c8b": (2, 8), "8c10b": (8, 10)}
-# Spilled bytes that were measured and accepted: 2-channel groups keep twice the addresses.
-ALLOWED = {"2c8b": 64}
+# Spilled bytes that were measured and accepted: a register or two, and more of the addresses that
+# groups of few channels need.
+ALLOWED = {"2c8b": 64, "4c8b": 16, "8c8b": 8, "8c10b": 0}
 
 
-def _case(name: str, rows: int, dim: int = 128) -> DecodeCase:
+def _case(name: str, rows: int, dim: int = 128, slow: bool = True) -> DecodeCase:
     channels, bits = FORMATS[name]
-    return DecodeCase(dim, dim, channels, bits, channels, bits, rows)
+    return DecodeCase(dim, dim, channels, bits, channels, bits, rows, slow=slow)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("rows", [1, 4])
-def test_decode_compiles_without_spills(name: str, rows: int, arch: str) -> None:
+@pytest.mark.parametrize("rows, slow", [(1, True), (1, False), (2, True), (4, True), (8, True)])
+def test_decode_compiles_without_spills(name: str, rows: int, slow: bool, arch: str) -> None:
     capability = int(arch.removeprefix("sm_"))
-    launch = choose(_case(name, rows), capability)
+    launch = choose(_case(name, rows, slow=slow), capability)
     if launch is None:
         # 10-bit tables of one slot (128 KiB) exceed these GPUs' shared memory.
         assert name == "8c10b" and SHARED_BYTES[capability] < 128
@@ -33,7 +34,7 @@ def test_decode_compiles_without_spills(name: str, rows: int, arch: str) -> None
         assert launch.shared_bytes(mode != 2, mode != 1) <= SHARED_BYTES[capability] * 1024
         (usage,) = compile_variant(variant, arch).usage.values()
         assert usage.registers * launch.warps * 32 <= 65536
-        assert usage.spill_stores <= ALLOWED.get(name, 0), f"{variant}: {usage}"
+        assert usage.spill_stores <= ALLOWED[name], f"{variant}: {usage}"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

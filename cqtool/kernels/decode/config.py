@@ -27,6 +27,8 @@ class DecodeCase:
         rows: query rows (query heads per kv head times query tokens).
         pairing: how RoPE's pairs lie in the key groups.
         rotate: whether keys are turned at all.
+        slow: whether the later half of the pairs turns little within a tile, see
+            :func:`cqtool.kernels.layout.turns_slowly`.
         dtype: of queries, recent tokens and output.
         softcap: whether scores are capped.
         mask: whether there is a mask of columns.
@@ -43,6 +45,7 @@ class DecodeCase:
     rows: int
     pairing: Pairing = "paired"
     rotate: bool = True
+    slow: bool = False
     dtype: str = "float16"
     softcap: bool = False
     mask: bool = False
@@ -61,23 +64,101 @@ class DecodeCase:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """What only speed depends on, found by measurement.
+
+    Attributes:
+        order: orders of a token's key entries that are columns of the queries.
+        shared_orders: times as many that read the same queries, with slots exchanged.
+        tiles: of a step.
+        every: query fragments between two that are made anew; those between are turned on in
+            registers. 1: all are made anew.
+    """
+
+    order: int
+    shared_orders: int
+    tiles: int
+    every: int
+
+
+# By query rows and channels a key group, on an H100.
+_TUNING = {
+    (1, 8): Tuning(2, 1, 4, 4),
+    (1, 4): Tuning(4, 1, 2, 4),
+    (1, 2): Tuning(4, 1, 2, 8),
+    (2, 8): Tuning(2, 1, 2, 4),
+    (2, 4): Tuning(2, 2, 2, 4),
+    (2, 2): Tuning(2, 2, 2, 4),
+    (4, 8): Tuning(2, 1, 2, 16),
+    (4, 4): Tuning(2, 2, 2, 8),
+    (4, 2): Tuning(2, 2, 1, 8),
+    (8, 8): Tuning(2, 1, 1, 1),
+    (8, 4): Tuning(2, 2, 1, 1),
+    (8, 2): Tuning(2, 2, 1, 1),
+}
+# The same where scores and values are kernels of their own, which leaves registers for heads of up
+# to 128 channels.
+_TUNING_PARTS = {
+    (1, 8): Tuning(2, 1, 8, 8),
+    (1, 4): Tuning(4, 1, 4, 4),
+    (1, 2): Tuning(4, 1, 4, 8),
+    (2, 8): Tuning(2, 1, 4, 8),
+    (2, 4): Tuning(2, 2, 4, 8),
+    (2, 2): Tuning(2, 2, 4, 8),
+    (4, 8): Tuning(2, 1, 4, 8),
+    (4, 4): Tuning(2, 2, 4, 8),
+    (4, 2): Tuning(2, 2, 2, 8),
+}
+# (columns, copies) of the values, best first: what fits into shared memory is taken.
+_SELECTS = {
+    1: ((4, 1),),
+    2: ((2, 2), (4, 1)),
+    4: ((1, 2), (2, 1)),
+    8: ((1, 2), (1, 1)),
+}
+
+
+@dataclass(frozen=True)
 class DecodeLaunch:
-    """Constants of decode.cu for one case on one architecture; the names are the kernel's own."""
+    """Constants of decode.cu for one case on one architecture; the names are the kernel's own.
+
+    Attributes:
+        case: what is computed.
+        fused: whether one kernel does scores and values.
+        key_parts: passes over the keys' channels.
+        value_parts: passes over the values' channels.
+        warps: of a block.
+        select: columns by which lanes are told apart in the values' products.
+        copies: of the values' tables in shared memory.
+        tuning: what only speed depends on.
+    """
 
     case: DecodeCase
     fused: bool
     key_parts: int
     value_parts: int
     warps: int
-    order: int
     select: int
     copies: int
-    tiles: int
+    tuning: Tuning
 
     @property
     def offsets(self) -> int:
         """Tiles whose queries one set of B fragments holds."""
-        return max(1, 8 // self.order // self.case.row_block)
+        return max(1, 8 // self.tuning.order // self.case.row_block)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a step."""
+        return self.tuning.tiles
+
+    @property
+    def slow(self) -> bool:
+        """Whether the later half of the slots leaves cosines out."""
+        orders = self.tuning.order // 2 * self.tuning.shared_orders
+        slots = _ceil(_ceil(self.case.key_dim // (2 * self.case.key_channels), 4), orders) * orders
+        halves = slots % (2 * orders) == 0
+        return self.case.slow and self.case.rotate and self.key_parts == 1 and halves
 
     @property
     def key_table(self) -> int:
@@ -99,13 +180,18 @@ class DecodeLaunch:
         slots = _ceil(c.key_dim // (2 * c.key_channels), 4)
         if c.pairing != "scatter":
             slots = _ceil(slots, self.key_parts)
-        swizzle = self.order // 2
-        exchange = _ceil(slots, swizzle) * self.tiles * rows * swizzle * 16 * c.key_channels
-        buffer = 4 // self.select * c.value_dim * 4
+        query_slots = slots
+        orders = self.tuning.order // 2 * self.tuning.shared_orders
+        slots = _ceil(slots, orders) * orders
+        exchange = slots * self.offsets * rows * 16 * c.key_channels
+        held = 4 // self.select
+        buffer = held * (c.value_dim + (16 if held > 1 else 0)) * 4
         union = max(exchange if scores else 0, buffer if values else 0)
+        kept = 4 * (4 if c.dtype == "float32" else 2) if scores and self.tuning.every > 1 else 0
+        raw = rows * _ceil(query_slots * 2 * c.key_channels, 32) * 32 * kept
         weights = rows * (self.tiles * 16 + 8) * 2 if values else 0
         natural = 16 * (c.key_dim + 8) * 2 if scores and c.pairing == "scatter" else 0
-        warp = _ceil(union + weights + natural, 16) * 16
+        warp = _ceil(union + raw + weights + natural, 16) * 16
         tables = self.key_table * scores + self.value_table * self.copies * values
         return tables + self.warps * warp
 
@@ -129,11 +215,14 @@ class DecodeLaunch:
             "HAS_GAIN": int(c.gain),
             "PAGED": int(c.paged),
             "WARPS": self.warps,
-            "KORD": self.order,
+            "KORD": self.tuning.order,
             "VSEL": self.select,
             "VCOPIES": self.copies,
             "TILES": self.tiles,
-            "MAX_REGISTERS": 255,
+            "SHARED_ORDERS": self.tuning.shared_orders,
+            "EVERY": self.tuning.every,
+            "SLOW": int(self.slow),
+            "MAX_REGISTERS": min(255, 65536 // (32 * self.warps) // 8 * 8),
             "KEY_PARTS": self.key_parts,
             "VALUE_PARTS": self.value_parts,
         }
@@ -172,24 +261,22 @@ def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
     """
     limit = SHARED_BYTES.get(capability, 99) * 1024
     rows = case.row_block
-    orders = 16 // case.key_channels
-    order = orders if rows * orders <= 16 else 2
     # Fewer warps with all registers beat more with spills: 12 were 10 % slower on an H100.
     warps = 8
-    # Tiles of a step: enough to pay for what a step costs, as far as registers go.
-    tiles = max(4 if rows <= 2 else 2, 8 // order // rows)
-    # Columns by which lanes are told apart, and copies of the tables for the rest of them.
-    selects = {1: ((4, 1),), 2: ((2, 2), (4, 1)), 4: ((2, 2), (2, 1)), 8: ((1, 2), (1, 1))}[rows]
-    launch = DecodeLaunch(case, True, 1, 1, warps, order, *selects[0], tiles)
+    tuning = _TUNING[rows, case.key_channels]
+    selects = _SELECTS[rows]
+    launch = DecodeLaunch(case, True, 1, 1, warps, *selects[0], tuning)
     if launch.shared_bytes(True, True) <= limit and case.key_dim <= 192:
         return launch
+    if case.key_dim <= 128:
+        tuning = _TUNING_PARTS.get((rows, case.key_channels), tuning)
     slots = _ceil(case.key_dim // (2 * case.key_channels), 4)
     per_table = 8 // case.key_channels
     blocks = _ceil(case.value_dim // case.value_channels, 64 // case.value_channels)
     for key_parts in range(1, slots + 1):
         if slots % key_parts or (key_parts > 1 and (slots // key_parts) % per_table):
             continue
-        trial = DecodeLaunch(case, False, key_parts, 1, warps, order, *selects[0], tiles)
+        trial = DecodeLaunch(case, False, key_parts, 1, warps, *selects[0], tuning)
         if trial.shared_bytes(True, False) <= limit:
             break
     else:
@@ -198,9 +285,7 @@ def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
         if blocks % value_parts:
             continue
         for select, copies in selects:
-            trial = DecodeLaunch(
-                case, False, key_parts, value_parts, warps, order, select, copies, tiles
-            )
+            trial = DecodeLaunch(case, False, key_parts, value_parts, warps, select, copies, tuning)
             if trial.shared_bytes(False, True) <= limit and case.value_dim // value_parts <= 128:
                 return trial
     return None
@@ -213,15 +298,17 @@ class Share:
     Attributes:
         parts: blocks per kv head.
         splits: pieces a row's tokens are cut into; each leaves one partial result.
-        team: whether all warps of a block work on one piece (else each on its own).
+        team: warps of a block that work on one piece.
     """
 
     parts: int
     splits: int
-    team: bool
+    team: int
 
 
-def share(batch: int, kv_heads: int, tokens: int, launch: DecodeLaunch, sms: int) -> Share:
+def share(
+    batch: int, kv_heads: int, tokens: int, launch: DecodeLaunch, sms: int, finish: bool = True
+) -> Share:
     """Cut the work so that all warps have about as much to do.
 
     Args:
@@ -230,26 +317,30 @@ def share(batch: int, kv_heads: int, tokens: int, launch: DecodeLaunch, sms: int
         tokens: most coded tokens of a row.
         launch: the kernels' constants.
         sms: multiprocessors of the GPU.
+        finish: whether cq_finish runs even where one split would not need it.
     """
-    return _share(batch, kv_heads, max(1, _ceil(_ceil(tokens, 16), launch.tiles)), launch, sms)
+    steps = max(1, _ceil(_ceil(tokens, 16), launch.tiles))
+    return _share(batch, kv_heads, steps, launch.warps, sms, finish)
 
 
 # The search takes a tenth of a millisecond and more, and a decode step asks once a layer. Only the
 # number of steps matters, so that an answer holds for many tokens.
 @lru_cache(maxsize=1024)
-def _share(batch: int, kv_heads: int, steps: int, launch: DecodeLaunch, sms: int) -> Share:
+def _share(batch: int, kv_heads: int, steps: int, warps: int, sms: int, finish: bool) -> Share:
     parts = max(1, sms // kv_heads)
-    best, best_cost = Share(1, 1, False), float("inf")
-    for team in (False, True):
-        workers = parts if team else parts * launch.warps
-        inner = launch.warps if team else 1
-        for splits in range(1, max(1, min(steps // inner, 4 * workers // batch)) + 1):
+    best, best_cost = Share(1, 1, 1), float("inf")
+    for team in range(1, warps + 1):
+        if warps % team:
+            continue
+        teams = warps // team
+        workers = parts * teams
+        for splits in range(1, max(1, min(steps // team, 4 * workers // batch)) + 1):
+            # In steps: what a warp walks, what a unit's start and end cost, what cq_finish costs.
             rounds = _ceil(batch * splits, workers)
-            # Steps a warp walks, and what a unit's start and end cost, in steps.
-            walk = _ceil(steps, splits * inner) + (3 if team else 2)
-            cost = rounds * walk + 0.03 * splits
+            walk = _ceil(steps, splits * team) + (2 if team == 1 else 2.5)
+            cost = rounds * walk + 0.03 * splits + (3 if splits > 1 and not finish else 0)
             if cost < best_cost:
-                used = _ceil(batch * splits, 1 if team else launch.warps)
+                used = _ceil(batch * splits, teams)
                 best, best_cost = Share(min(parts, used), splits, team), cost
     return best
 

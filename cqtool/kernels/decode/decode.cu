@@ -68,8 +68,18 @@ constexpr int KSPB = 8 / KC;  // slots whose entries share a table row
 #ifndef KORD
 #define KORD (ROWS * (16 / KEY_CHANNELS) <= 16 ? 16 / KEY_CHANNELS : 2)
 #endif
-constexpr int ORD = KORD, SWZ = ORD / 2;
-constexpr int KSTEPS = ceil_div(KSLOTS, SWZ) * SWZ;
+#ifndef SHARED_ORDERS
+#define SHARED_ORDERS 1
+#endif
+#ifndef EVERY
+#define EVERY 1
+#endif
+#ifndef SLOW
+#define SLOW 0
+#endif
+// ORD orders are columns of their own; SX times as many read the same B registers, slots exchanged.
+constexpr int ORD = KORD, SWZ = ORD / 2, SX = SHARED_ORDERS, SWT = SWZ * SX;
+constexpr int KSTEPS = ceil_div(KSLOTS, SWT) * SWT;
 constexpr int KBLOCKS = ceil_div(KSLOTS, KSPB);
 constexpr int KEY_TABLE = KBLOCKS * KCENT * 128;
 constexpr int KEY_TILE = 2 * (KEY_DIM / KC) * KEY_BITS;
@@ -81,12 +91,20 @@ constexpr int COMBOS = NOFF * RS;
 #endif
 constexpr int SG = imax(1, TILES / NOFF);  // sets of B fragments a step needs
 constexpr int TPS = SG * NOFF;
+// Whether the lanes t ^ 1, and t ^ 2, hold scores of the same query row.
+constexpr bool SAME_ROW_1 = ORD >= 4 || (ORD == 2 && RS == 1);
+constexpr bool SAME_ROW_2 = ORD == 8 || (ORD == 2 && RS <= 2) || (ORD == 4 && RS == 1);
+constexpr int STEPS = imax(1, EVERY / SG);  // between makings of the queries
 // Slots of the queries: a part's own, but all where a part's channels lie anywhere.
 constexpr int QSLOTS = PAIRING == 2 ? KSLOTS_ALL : KSLOTS;
-constexpr int QSTEPS = ceil_div(QSLOTS, SWZ) * SWZ;
+constexpr int QSTEPS = ceil_div(QSLOTS, SWT) * SWT;
+// Slots from here on turn so little within a tile that their cosines are 1 (turns_slowly in layout.py).
+constexpr int SLOW_SLOT = SLOW ? QSTEPS / 2 : QSTEPS;
 constexpr int KPAIRS = QSLOTS * 4 * KC;  // padding included
 constexpr int PP = ceil_div(KPAIRS / 2, 32);
 static_assert(NTK * 8 == COMBOS * ORD, "columns");
+static_assert(EVERY == 1 || EVERY % SG == 0, "the queries are made anew at the start of a step");
+static_assert(!SLOW || (QSTEPS / 2) % SWT == 0, "slots of one half stay in it");
 static_assert(KEY_PARTS == 1 || KSLOTS % KSPB == 0, "parts are whole tables");
 
 // ---- values ---------------------------------------------------------------------------------
@@ -117,14 +135,21 @@ constexpr bool SCORES = MODE != 2, VALUES = MODE != 1;
 constexpr int KEY_SMEM = SCORES ? KEY_TABLE : 0;
 constexpr int VALUE_SMEM = VALUES ? VALUE_TABLE * VCOPIES : 0;
 constexpr int EXCHANGE_SET = (QSTEPS / SWZ) * COMBOS * SWZ * 16 * KC;
-constexpr int EXCHANGE = SCORES ? SG * EXCHANGE_SET : 0;
-constexpr int OUT_BUFFER = VALUES ? RPT * VALUE_DIM * 4 : 0;
+constexpr int EXCHANGE = SCORES ? EXCHANGE_SET : 0;
+constexpr bool PADDED = KUNITS % 4 != 0 || QSTEPS != QSLOTS || KSLOTS * KEY_PARTS != KSLOTS_ALL;
+constexpr int OUT_PITCH = RPT > 1 ? VALUE_DIM + 16 : VALUE_DIM;  // floats; keeps lanes apart
+constexpr int OUT_BUFFER = VALUES ? RPT * OUT_PITCH * 4 : 0;
 constexpr int UNION = imax(EXCHANGE, OUT_BUFFER);
 constexpr int WEIGHTS_PITCH = TPS * 16 + 8;  // halves
 constexpr int WEIGHTS = VALUES ? RS * WEIGHTS_PITCH * 2 : 0;
 constexpr int NAT_PITCH = KEY_DIM + 8;  // halves
 constexpr int NATURAL = SCORES && PAIRING == 2 ? 16 * NAT_PITCH * 2 : 0;
-constexpr int WARP_SMEM = (UNION + WEIGHTS + NATURAL + 15) / 16 * 16;
+// Queries as they came, where they are needed time and again: of each row and lane, two pairs.
+struct __align__(4 * sizeof(element)) Pairs {
+  element first[2], second[2];
+};
+constexpr int RAW = SCORES && EVERY > 1 ? RS * PP * 32 * sizeof(Pairs) : 0;
+constexpr int WARP_SMEM = (UNION + RAW + WEIGHTS + NATURAL + 15) / 16 * 16;
 
 extern __shared__ __align__(128) u8 smem[];
 
@@ -153,6 +178,36 @@ DEVICE u32 row_at(u32 base, u32 word, u32 pick, u32 upper, int shift) {
   if constexpr (BITS > 8) base += ((upper >> shift) & 3u) << 15;
   return __dp4a(word, pick, base);
 }
+
+// Half-precision rotations of two pairs of channels: on by their angles, back by them, and on by
+// angles whose cosines are 1.
+DEVICE void turn_on(u32& one, u32& two, u32 cosine, u32 sine) {
+  __half2 a = as_half2(one), b = as_half2(two), c = as_half2(cosine), s = as_half2(sine);
+  one = as_u32(__hfma2(a, c, __hneg2(__hmul2(b, s))));
+  two = as_u32(__hfma2(b, c, __hmul2(a, s)));
+}
+DEVICE void turn_back(u32& one, u32& two, u32 cosine, u32 sine) {
+  turn_on(one, two, cosine, sine ^ 0x80008000u);
+}
+DEVICE void turn_little(u32& one, u32& two, u32 sine) {
+  __half2 a = as_half2(one), b = as_half2(two), s = as_half2(sine);
+  one = as_u32(__hfma2(__hneg2(b), s, a));
+  two = as_u32(__hfma2(a, s, b));
+}
+
+// The two registers of a lane's entries that turn with each other.
+struct PairOf {
+  u32 *one, *two;
+  DEVICE PairOf(Entry& x, Entry& y, int i) {
+    if constexpr (PAIRING == 1) {
+      Entry& e = i < KREGS / 2 ? x : y;
+      one = &e.x[i % imax(1, KREGS / 2)];
+      two = &e.x[i % imax(1, KREGS / 2) + KREGS / 2];
+    } else {
+      one = &x.x[i], two = &y.x[i];
+    }
+  }
+};
 
 // Where the tiles of one batch row and head lie.
 struct Tiles {
@@ -198,6 +253,9 @@ DEVICE u32 exchange_offset(int slot, int combo, int hi, int t) {
 // first, coded, total, origin: int32 [batch]: first visible column, columns coded, columns in all,
 // and the column of position 0. scratch: raw scores of MODE 1 and 2.
 // part_out float [batch, kv_heads, splits, row groups * ROWS, VALUE_DIM], part_ml the (max, sum).
+// out: null, or where results go (element strides batch, head, token) when there is one split and
+// nothing for cq_finish to add; value_channels [kv_heads, VALUE_DIM]: the model channel of each.
+// team: warps that share a unit, a divisor of WARPS.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
        const u8* __restrict__ key_tables, const u8* __restrict__ value_tables,
@@ -209,7 +267,8 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
        int tiles_per_page, const u8* __restrict__ mask, i64 mask_stride,
        const __half* __restrict__ key_gain, const __half* __restrict__ value_gain, i64 gain_stride,
        float* __restrict__ scratch, i64 scratch_stride, float* __restrict__ part_out,
-       float2* __restrict__ part_ml, int batch, int kv_heads, int queries_per_head, int query_length,
+       float2* __restrict__ part_ml, element* __restrict__ out, i64 out_b, i64 out_h, i64 out_l,
+       const int* __restrict__ value_channels, int batch, int kv_heads, int queries_per_head, int query_length,
        int splits, int team, int sinks, int sliding, float query_scale, float cap) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane >> 2, t = lane & 3;
   const int head = blockIdx.x % kv_heads, part = blockIdx.x / kv_heads;
@@ -221,33 +280,68 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
   const int block0 = MODE == 2 ? blockIdx.z * VBLOCKS : 0;
 
   allow_next_kernel();
-  if constexpr (SCORES) {
-    const u8* source = key_tables +
-        (static_cast<i64>(head) * ceil_div(KSLOTS_ALL, KSPB) + slot0 / KSPB) * (KCENT * 128);
+  const u8* const key_source = key_tables +
+      (static_cast<i64>(head) * ceil_div(KSLOTS_ALL, KSPB) + slot0 / KSPB) * (KCENT * 128);
+  const u8* const value_source =
+      value_tables + (static_cast<i64>(head) * VBLOCKS_ALL + block0) * (VCENT * 128);
+#if __CUDA_ARCH__ >= 900
+  __shared__ __align__(8) u64 tables_here;
+  if (threadIdx.x == 0) {
+    bulk_expect(&tables_here, (SCORES ? KEY_TABLE : 0) + (VALUES ? VALUE_TABLE : 0));
+    if constexpr (SCORES) bulk_copy(smem, key_source, KEY_TABLE, &tables_here);
+    if constexpr (VALUES) bulk_copy(smem + KEY_SMEM, value_source, VALUE_TABLE, &tables_here);
+  }
+  __syncthreads();
+#else
+  if constexpr (SCORES)
     for (int i = threadIdx.x; i < KEY_TABLE / 16; i += WARPS * 32)
-      copy_async_16(smem + i * 16, source + i * 16);
-  }
-  if constexpr (VALUES) {
-    const u8* source =
-        value_tables + (static_cast<i64>(head) * VBLOCKS_ALL + block0) * (VCENT * 128);
-    u8* target = smem + KEY_SMEM;
-    for (int i = threadIdx.x; i < VALUE_TABLE / 16; i += WARPS * 32) {
-      copy_async_16(target + i * 16, source + i * 16);
-    }
-  }
+      copy_async_16(smem + i * 16, key_source + i * 16);
+  if constexpr (VALUES)
+    for (int i = threadIdx.x; i < VALUE_TABLE / 16; i += WARPS * 32)
+      copy_async_16(smem + KEY_SMEM + i * 16, value_source + i * 16);
+#endif
   u8* const mine = smem + KEY_SMEM + VALUE_SMEM + warp * WARP_SMEM;
   const u32 exchange = KEY_SMEM + VALUE_SMEM + warp * WARP_SMEM;
-  __half* const weights = reinterpret_cast<__half*>(mine + UNION);
-  __half* const natural = reinterpret_cast<__half*>(mine + UNION + WEIGHTS);
+  Pairs* const raw = reinterpret_cast<Pairs*>(mine + UNION);
+  __half* const weights = reinterpret_cast<__half*>(mine + UNION + RAW);
+  __half* const natural = reinterpret_cast<__half*>(mine + UNION + RAW + WEIGHTS);
 
   // ---- what a lane keeps: where its codes and entries lie, its angles within a tile -----------
+  // Where a slot's word lies in a tile: constants apart from the lane's own where slots are whole.
+  constexpr bool WHOLE = KUNITS % 4 == 0 && KSTEPS == KSLOTS && SWT == 1;
   int key_word[KSTEPS];
   u32 key_base[KSPB];
   u32 turn_cos[2][QSTEPS][KREGS], turn_sin[2][QSTEPS][KREGS];
-  const int swap = (r >> 1) & (SWZ - 1);
+  const int swap = (r >> 1) & (SWT - 1);
+  u32 tile_cos[PP][imax(1, NOFF - 1)], tile_sin[PP][imax(1, NOFF - 1)];
+  u32 step_cos[QSTEPS][KREGS], step_sin[QSTEPS][KREGS];  // of the next set of B fragments
   u32 advance[PP][2];  // turns / 2^32 of a step, of each pair
-  u32 tile_cos[PP][imax(1, TPS - 1)], tile_sin[PP][imax(1, TPS - 1)];
   u32 key_pick[4];
+  // The first of the two pairs in register i of a slot (see "pairing" in layout.py); any where the
+  // slot is padding.
+  auto first_pair = [&](int slot, int i) {
+    const int unit = (query_slot0 + slot) * 4 + t;
+    int pair = unit * KC + 2 * i;
+    if constexpr (PAIRING == 1) {
+      const int hi = i < KREGS / 2 ? (r & 1) : 1 - (r & 1);
+      pair = (unit * 2 + hi) * (KC / 2) + 2 * (i % imax(1, KREGS / 2));
+    }
+    return slot < QSLOTS && unit < KUNITS ? pair : 0;
+  };
+  // Angles between the tiles of a set of B fragments: loaded anew where they are seldom needed.
+  auto load_tile_turns = [&] {
+#pragma unroll
+    for (int k = 0; k < PP; k++) {
+      int pair = min(2 * (lane + 32 * k), KPAIRS - 2) + query_slot0 * 4 * KC;
+      if (!ROTATE || pair >= KEY_DIM / 2) pair = 0;
+#pragma unroll
+      for (int o = 1; o < NOFF; o++) {
+        const __half* row = turns + (head * TURN_ROWS + 15 + o) * KEY_DIM;
+        tile_cos[k][o - 1] = *reinterpret_cast<const u32*>(row + pair);
+        tile_sin[k][o - 1] = *reinterpret_cast<const u32*>(row + KEY_DIM / 2 + pair);
+      }
+    }
+  };
   if constexpr (SCORES) {
 #pragma unroll
     for (int s = 0; s < KSTEPS; s++) {
@@ -259,28 +353,22 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
     }
 #pragma unroll
     for (int s = 0; s < QSTEPS; s++) {
-      int slot = s ^ swap;
-      bool real = slot < QSLOTS && (query_slot0 + slot) * 4 + t < KUNITS;
-      if (!real) slot = 0;
       if constexpr (ROTATE) {
-        int unit = (query_slot0 + slot) * 4 + t;
+        // Offsets are counted from the middle of the tile. Odd tokens, and columns of odd order, hold
+        // hi where even ones hold lo, which turns the sine's sign.
+        const u32 flip = PAIRING != 1 && (r & 1) ? 0x80008000u : 0u;
 #pragma unroll
         for (int i = 0; i < KREGS; i++) {
-          // Pairs of this register: see "pairing" in layout.py. Odd tokens hold hi where even ones
-          // hold lo, which turns the sine's sign.
-          int pair = unit * KC + 2 * i;
-          u32 flip = r & 1 ? 0x80008000u : 0u;
-          if constexpr (PAIRING == 1) {
-            int hi = i < KREGS / 2 ? (r & 1) : 1 - (r & 1);
-            pair = (unit * 2 + hi) * (KC / 2) + 2 * (i % imax(1, KREGS / 2));
-            flip = 0u;
-          }
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            const __half* row = turns + (head * TURN_ROWS + r + 8 * h) * KEY_DIM;
-            u32 sine = *reinterpret_cast<const u32*>(row + KEY_DIM / 2 + (real ? pair : 0));
-            turn_cos[h][s][i] = *reinterpret_cast<const u32*>(row + (real ? pair : 0));
-            turn_sin[h][s][i] = sine ^ flip;
+          const int pair = first_pair(s ^ swap, i), query_pair = first_pair(s ^ (swap & (SWZ - 1)), i);
+          auto row = [&](int index, int of) { return turns + (head * TURN_ROWS + index) * KEY_DIM + of; };
+          auto word = [](const __half* at) { return *reinterpret_cast<const u32*>(at); };
+          turn_cos[0][s][i] = word(row(8 - r, pair));
+          turn_cos[1][s][i] = word(row(r, pair));
+          turn_sin[0][s][i] = word(row(8 - r, pair) + KEY_DIM / 2) ^ flip ^ 0x80008000u;
+          turn_sin[1][s][i] = word(row(r, pair) + KEY_DIM / 2) ^ flip;
+          if constexpr (EVERY > 1) {
+            step_cos[s][i] = word(row(15 + NOFF, query_pair));
+            step_sin[s][i] = word(row(15 + NOFF, query_pair) + KEY_DIM / 2) ^ flip;
           }
         }
       }
@@ -292,24 +380,26 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
     for (int s = 0; s < KSPB; s++)
       key_base[s] = (((s ^ swap) % KSPB) * 8 + (r & 1) * 4 + t) * (2 * KC);
     // Padding of the queries, and channels that a part never writes, stay zero.
-    for (int i = lane; i < WARP_SMEM / 4; i += 32) reinterpret_cast<u32*>(mine)[i] = 0;
+    if constexpr (PADDED)
+      for (int i = lane; i < EXCHANGE / 4; i += 32) reinterpret_cast<u32*>(mine)[i] = 0;
 #pragma unroll
     for (int k = 0; k < PP; k++) {
       int pair = min(2 * (lane + 32 * k), KPAIRS - 2) + query_slot0 * 4 * KC;
-      bool real = ROTATE && pair < KEY_DIM / 2;
+      bool real = pair < KEY_DIM / 2;
+      prefetch(pair_channels + head * (KEY_DIM / 2) + (real ? pair : 0));
+      real = real && ROTATE;
       u64 s0 = real ? steps[head * (KEY_DIM / 2) + pair] : 0;
       u64 s1 = real ? steps[head * (KEY_DIM / 2) + pair + 1] : 0;
-      advance[k][0] = static_cast<u32>((s0 * (16 * TPS) + 0x80000000u) >> 32);
-      advance[k][1] = static_cast<u32>((s1 * (16 * TPS) + 0x80000000u) >> 32);
-#pragma unroll
-      for (int o = 1; o < TPS; o++) {
-        const __half* row = turns + (head * TURN_ROWS + 15 + o) * KEY_DIM;
-        tile_cos[k][o - 1] = *reinterpret_cast<const u32*>(row + (real ? pair : 0));
-        tile_sin[k][o - 1] = *reinterpret_cast<const u32*>(row + KEY_DIM / 2 + (real ? pair : 0));
-      }
+      advance[k][0] = static_cast<u32>((s0 * (16 * NOFF * EVERY) + 0x80000000u) >> 32);
+      advance[k][1] = static_cast<u32>((s1 * (16 * NOFF * EVERY) + 0x80000000u) >> 32);
     }
+    if constexpr (EVERY == 1) load_tile_turns();
   }
-  int value_word[HS];
+  auto key_place = [&](int s) { return WHOLE ? key_word[0] + 128 * s : key_word[s]; };
+  int value_word[HS] = {};
+  auto value_place = [&](int i) {
+    return VGROUPS % NB == 0 ? value_word[i % QPB] + (i / QPB) * NB * 16 : value_word[i];
+  };
   u32 value_base[QPB];
   u32 pick0 = 0x4444, pick1 = 0x4444;  // PRMT selectors: a weight into its parity's half, or zero
   if constexpr (VALUES) {
@@ -333,33 +423,88 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
   const int my_combo = 2 * t / ORD;  // of column tile 0; column tile j adds 8 / ORD
   const int my_off = my_combo / RS;
   __shared__ float2 team_ml[WARPS][RS];
-  // Up to here only constants were read.
-  wait_for_previous_kernel();
+#if __CUDA_ARCH__ >= 900
+  bulk_wait(&tables_here);
+#else
   copy_async_wait();
+#endif
   if constexpr (VALUES && VCOPIES == 2) {
-    // The second copy, its columns exchanged. Each thread copies what it fetched.
+    // The second copy, its columns exchanged. A thread copies what it fetched itself, if it did.
     uint4* table = reinterpret_cast<uint4*>(smem + KEY_SMEM);
 #pragma unroll 4
     for (int i = threadIdx.x; i < VALUE_TABLE / 16; i += WARPS * 32)
       table[VALUE_TABLE / 16 + (i ^ 2)] = table[i];
   }
   __syncthreads();
+  // Up to here only constants were read.
+  wait_for_previous_kernel();
 
-  // In a team all warps of a block share a unit and merge what they found.
-  const int units = batch * splits;
-  for (int unit = team ? part : warp * parts + part; unit < units;
-       unit += team ? parts : parts * WARPS) {
+  // The warps of a team share a unit and merge what they found.
+  const int units = batch * splits, team_index = warp / team, member = warp % team;
+  auto team_sync = [&] {
+    if (team == 1) {
+      __syncwarp();
+    } else {
+      asm volatile("bar.sync %0, %1;" ::"r"(1 + team_index), "r"(32 * team) : "memory");
+    }
+  };
+  for (int unit = team_index * parts + part; unit < units; unit += parts * (WARPS / team)) {
     const int b = unit / splits, split = unit - b * splits;
-    const int shares = team ? splits * WARPS : splits, mine_of = team ? split * WARPS + warp : split;
-    const int end = coded[b];
-    const int oldest_query = total[b] - query_length;  // column of query 0
+    const int shares = splits * team, mine_of = split * team + member;
+    const int end = coded[b], columns = total[b], zero = origin[b];
     int begin = first[b] + sinks;
+    // Queries of the lane's pairs, not turned.
+    float first_of[RS][PP][2], second_of[RS][PP][2];
+    u64 step[PP][2];
+    int2 channels[PP][2];
+    if constexpr (SCORES) {
+#pragma unroll
+      for (int k = 0; k < PP; k++) {
+        int pair = 2 * (lane + 32 * k) + query_slot0 * 4 * KC;
+        if (2 * (lane + 32 * k) >= KPAIRS || pair >= KEY_DIM / 2) pair = 0;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          step[k][i] = steps[head * (KEY_DIM / 2) + pair + i];
+          channels[k][i] = pair_channels[head * (KEY_DIM / 2) + pair + i];
+        }
+      }
+    }
+    if constexpr (SCORES) {
+      int of = row0 / query_length, token = row0 % query_length;
+#pragma unroll
+      for (int row = 0; row < RS; row++) {
+        const bool real_row = row0 + row < rows_all;
+        const element* q = query + b * query_b +
+            (head * queries_per_head + (real_row ? of : 0)) * query_h + (real_row ? token : 0) * query_l;
+        if (++token == query_length) token = 0, of++;
+#pragma unroll
+        for (int k = 0; k < PP; k++) {
+          const int local = 2 * (lane + 32 * k);
+          const bool real = real_row && local < KPAIRS && local + query_slot0 * 4 * KC < KEY_DIM / 2;
+          Pairs found;
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            found.first[i] = q[channels[k][i].x], found.second[i] = q[channels[k][i].y];
+            if (!real) found.first[i] = found.second[i] = from_float(0.f);
+          }
+          if constexpr (EVERY > 1) {
+            raw[(row * PP + k) * 32 + lane] = found;
+          } else {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              first_of[row][k][i] = to_float(found.first[i]) * query_scale;
+              second_of[row][k][i] = to_float(found.second[i]) * query_scale;
+            }
+          }
+        }
+      }
+    }
+    const int oldest_query = columns - query_length;  // column of query 0
     if (sliding > 0) begin = max(begin, oldest_query - sliding + 1);
     const int tile_lo = begin / 16, tile_hi = ceil_div(end, 16);
     const int share = ceil_div(ceil_div(max(0, tile_hi - tile_lo), shares), TPS) * TPS;
     const int tile0 = tile_lo + mine_of * share, tile1 = min(tile_hi, tile0 + share);
     const int stop = min(end, tile1 * 16);
-    const i64 part_row = (static_cast<i64>(b) * kv_heads + head) * splits + split;
 
     Tiles keys, values;
     {
@@ -385,32 +530,13 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
         row_begin[j] = max(first[b] + sinks, oldest_query + row % query_length - sliding + 1);
     }
 
-    float first_of[RS][PP][2], second_of[RS][PP][2];  // queries of the lane's pairs, not turned
-    u32 phase[PP][2];  // of the coming step, in turns / 2^32
+    u32 phase[PP][2];  // of the coming set of B fragments, in turns / 2^32
     if constexpr (SCORES) {
-      const i64 position = static_cast<i64>(tile0) * 16 - origin[b];
+      const i64 position = static_cast<i64>(tile0) * 16 + 8 - zero;
 #pragma unroll
-      for (int k = 0; k < PP; k++) {
-        int pair = 2 * (lane + 32 * k) + query_slot0 * 4 * KC;
-        bool real = 2 * (lane + 32 * k) < KPAIRS && pair < KEY_DIM / 2;
-        if (!real) pair = 0;
+      for (int k = 0; k < PP; k++)
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          int2 channels = pair_channels[head * (KEY_DIM / 2) + pair + i];
-          phase[k][i] = static_cast<u32>((position * steps[head * (KEY_DIM / 2) + pair + i]) >> 32);
-#pragma unroll
-          for (int row = 0; row < RS; row++) {
-            int index = row0 + row;
-            float scale = real && index < rows_all ? query_scale : 0.f;
-            index = min(index, rows_all - 1);
-            const element* q = query + b * query_b +
-                (head * queries_per_head + index / query_length) * query_h +
-                (index % query_length) * query_l;
-            first_of[row][k][i] = to_float(q[channels.x]) * scale;
-            second_of[row][k][i] = to_float(q[channels.y]) * scale;
-          }
-        }
-      }
+        for (int i = 0; i < 2; i++) phase[k][i] = static_cast<u32>((position * step[k][i]) >> 32);
     }
 
     float acc[MT][NTV][4];
@@ -422,16 +548,16 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 #pragma unroll
     for (int j = 0; j < NTK; j++) peak[j] = NEVER, sum[j] = 0.f;
 
-    u32 key_codes_now[TPS][KSTEPS], key_upper[TPS][KSTEPS];
+    u32 key_codes_now[TPS][KSTEPS] = {}, key_upper[TPS][KSTEPS] = {};
     auto fetch_keys = [&](int tile) {
 #pragma unroll
       for (int o = 0; o < TPS; o++) {
         const u8* at = keys.at<KEY_TILE>(min(tile + o, tile1 - 1));
 #pragma unroll
         for (int s = 0; s < KSTEPS; s++) {
-          key_codes_now[o][s] = load_word(at, key_word[s]);
+          key_codes_now[o][s] = load_word(at, key_place(s));
           if constexpr (KEY_BITS > 8)
-            key_upper[o][s] = at[16 * (KEY_DIM / KC) + key_word[s] / 4];
+            key_upper[o][s] = at[16 * (KEY_DIM / KC) + key_place(s) / 4];
         }
       }
     };
@@ -439,20 +565,19 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       if (tile0 < tile1) fetch_keys(tile0);
     }
 
-    u32 value_codes_now[TPS][HS], value_upper[TPS][HS];
+    u32 value_codes_now[TPS][HS] = {}, value_upper[TPS][HS] = {};  // none yet: weights are zero
     auto fetch_values = [&](int tile) {
 #pragma unroll
       for (int o = 0; o < TPS; o++) {
         const u8* at = values.at<VALUE_TILE>(min(tile + o, tile1 - 1));
 #pragma unroll
         for (int i = 0; i < HS; i++) {
-          value_codes_now[o][i] = load_word(at, value_word[i]);
-          if constexpr (VALUE_BITS > 8) value_upper[o][i] = at[16 * VGROUPS + value_word[i] / 4];
+          value_codes_now[o][i] = load_word(at, value_place(i));
+          if constexpr (VALUE_BITS > 8) value_upper[o][i] = at[16 * VGROUPS + value_place(i) / 4];
         }
       }
     };
     if constexpr (VALUES) {
-      if (tile0 < tile1) fetch_values(tile0);
       __syncwarp();
       for (int i = lane; i < WEIGHTS / 4; i += 32) reinterpret_cast<u32*>(weights)[i] = 0;
       __syncwarp();
@@ -474,19 +599,29 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
         return load_entry<2 * VC>(
             row_at<VALUE_BITS>(base, value_codes_now[o][hs], 0x80u << (8 * i), upper, 2 * i));
       };
-      // Registers of one entry are the two row halves of a product, as they come.
+      // Registers of one entry are the two row halves of a product. Those of a 16-byte entry lie side
+      // by side as m16n8k8 takes them; smaller entries of two tokens make one m16n8k16 together.
 #pragma unroll
       for (int hs = 0; hs < HS; hs += VREGS == 1 ? 2 : 1)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          Entry e = entry(hs, i);
-          if constexpr (VREGS == 1) e.x[1] = hs + 1 < HS ? entry(hs + 1, i).x[0] : 0u;
+        for (int i = 0; i < 4; i += 2) {
+          Entry e = entry(hs, i), f = entry(hs, i + 1);
+          if constexpr (VREGS == 1) {
+            e.x[1] = hs + 1 < HS ? entry(hs + 1, i).x[0] : 0u;
+            f.x[1] = hs + 1 < HS ? entry(hs + 1, i + 1).x[0] : 0u;
+          }
 #pragma unroll
-          for (int j = 0; j < imax(1, VREGS / 2); j++)
+          for (int v = 0; v < NTV; v++) {
+            if constexpr (VREGS <= 2) {
+              mma_16816(acc[VREGS == 1 ? hs / 2 : hs][v], e.x[0], e.x[1], f.x[0], f.x[1], w[v][i], w[v][i + 1]);
+            } else {
 #pragma unroll
-            for (int v = 0; v < NTV; v++)
-              mma_1688(acc[VREGS == 1 ? hs / 2 : hs * (VREGS / 2) + j][v], e.x[2 * j],
-                       e.x[2 * j + 1], w[v][i]);
+              for (int j = 0; j < VREGS / 2; j++) {
+                mma_1688(acc[hs * (VREGS / 2) + j][v], e.x[2 * j], e.x[2 * j + 1], w[v][i]);
+                mma_1688(acc[hs * (VREGS / 2) + j][v], f.x[2 * j], f.x[2 * j + 1], w[v][i + 1]);
+              }
+            }
+          }
         }
     };
 
@@ -497,10 +632,92 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       return scratch + index * scratch_stride;
     };
 
+    // The queries turned to the middles of the next NOFF tiles, as B fragments: made by the whole
+    // warp through shared memory (a lane turns a few channel pairs of all rows, and reads all
+    // channels of one column) ...
+    Entry query_x[NTK][QSTEPS], query_y[NTK][QSTEPS];
+    auto make_queries = [&] {
+      if constexpr (EVERY > 1) load_tile_turns();
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < PP; k++) {
+        int local = 2 * (lane + 32 * k);
+        int slot, lo_lane, index, hi, step;
+        if constexpr (PAIRING == 1) {
+          int entry = local / (KC / 2);
+          slot = entry / 8, lo_lane = (entry / 2) % 4, hi = entry & 1;
+          index = local % (KC / 2), step = KC / 2;
+        } else {
+          slot = local / (4 * KC), lo_lane = (local / KC) % 4, hi = 0, index = local % KC, step = 0;
+        }
+        float2 angle[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          angle[i] = ROTATE ? phase_turn(phase[k][i]) : make_float2(1.f, 0.f);
+          phase[k][i] += advance[k][i];
+        }
+#pragma unroll
+        for (int row = 0; row < RS; row++) {
+          float x[4];
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            float f, g;
+            if constexpr (EVERY > 1) {
+              const Pairs& own = raw[(row * PP + k) * 32 + lane];
+              f = to_float(own.first[i]) * query_scale, g = to_float(own.second[i]) * query_scale;
+            } else {
+              f = first_of[row][k][i], g = second_of[row][k][i];
+            }
+            x[i] = f * angle[i].x + g * angle[i].y, x[2 + i] = g * angle[i].x - f * angle[i].y;
+          }
+          u32 start_one = pack_half2(x[0], x[1]), start_two = pack_half2(x[2], x[3]);
+#pragma unroll
+          for (int o = 0; o < NOFF; o++) {
+            u32 one = start_one, two = start_two;
+            if (ROTATE && o > 0)
+              turn_back(one, two, tile_cos[k][imax(0, o - 1)], tile_sin[k][imax(0, o - 1)]);
+            if (KPAIRS / 2 >= 32 * (k + 1) || local < KPAIRS) {
+              int combo = o * RS + row, other = PAIRING == 1 ? hi : 1;
+              u8* at = mine + 2 * index;
+              *reinterpret_cast<u32*>(at + exchange_offset(slot, combo, hi, lo_lane)) = one;
+              *reinterpret_cast<u32*>(at + exchange_offset(slot, combo, other, lo_lane) + 2 * step) = two;
+            }
+          }
+        }
+      }
+      __syncwarp();
+#pragma unroll
+      for (int j = 0; j < NTK; j++)
+#pragma unroll
+        for (int s = 0; s < QSTEPS; s++) {
+          int combo = (8 * j + r) / ORD, order = r & (ORD - 1), slot = s ^ (order >> 1);
+          query_x[j][s] = load_entry<2 * KC>(exchange + exchange_offset(slot, combo, order & 1, t));
+          query_y[j][s] = load_entry<2 * KC>(exchange + exchange_offset(slot, combo, 1 - (order & 1), t));
+        }
+    };
+    // ... or from those before them: a lane holds both channels of its pairs.
+    auto turn_queries = [&] {
+      if constexpr (ROTATE) {
+#pragma unroll
+        for (int j = 0; j < NTK; j++)
+#pragma unroll
+          for (int s = 0; s < QSTEPS; s++)
+#pragma unroll
+            for (int i = 0; i < KREGS; i++) {
+              PairOf pair(query_x[j][s], query_y[j][s], i);
+              turn_back(*pair.one, *pair.two, step_cos[s][i], step_sin[s][i]);
+            }
+      }
+    };
+
     // A turn of the loop takes the scores of a step and the values of the step before: two
     // independent chains, so that one hides the other's latency. The first has no values yet
     // (weights zero), the last no scores (tokens beyond the end).
-    for (int tile = tile0; tile0 < tile1 && tile < tile1 + (VALUES ? TPS : 0); tile += TPS) {
+    const int last = tile0 < tile1 ? tile1 + (VALUES ? TPS : 0) : tile0;
+    for (int tile = tile0; tile < last;) {
+    if constexpr (SCORES) make_queries();
+#pragma unroll 1
+    for (int n = 0; n < STEPS && tile < last; n++, tile += TPS) {
       float z[SG][NTK][2];
 #pragma unroll
       for (int i = 0; i < SG * NTK * 2; i++) (&z[0][0][0])[i] = 0.f;
@@ -520,76 +737,19 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
             }
       }
       if constexpr (SCORES) {
-        // Queries at the step's tile starts, through shared memory: a lane owns a few channel pairs
-        // of all rows, and reads all channels of one column.
-        __syncwarp();
-#pragma unroll
-        for (int k = 0; k < PP; k++) {
-          int local = 2 * (lane + 32 * k);
-          int slot, lo_lane, index, hi, step;
-          if constexpr (PAIRING == 1) {
-            int entry = local / (KC / 2);
-            slot = entry / 8, lo_lane = (entry / 2) % 4, hi = entry & 1;
-            index = local % (KC / 2), step = KC / 2;
-          } else {
-            slot = local / (4 * KC), lo_lane = (local / KC) % 4, hi = 0, index = local % KC, step = 0;
-          }
-          float2 angle[2];
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            angle[i] = ROTATE ? phase_turn(phase[k][i]) : make_float2(1.f, 0.f);
-            phase[k][i] += advance[k][i];
-          }
-#pragma unroll
-          for (int row = 0; row < RS; row++) {
-            float x[4];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-              float f = first_of[row][k][i], g = second_of[row][k][i];
-              x[i] = f * angle[i].x + g * angle[i].y, x[2 + i] = g * angle[i].x - f * angle[i].y;
-            }
-            u32 start_one = pack_half2(x[0], x[1]), start_two = pack_half2(x[2], x[3]);
-#pragma unroll
-            for (int o = 0; o < TPS; o++) {
-              u32 one = start_one, two = start_two;
-              if (ROTATE && o > 0) {
-                __half2 a = as_half2(one), bb = as_half2(two);
-                __half2 cosine = as_half2(tile_cos[k][imax(0, o - 1)]);
-                __half2 sine = as_half2(tile_sin[k][imax(0, o - 1)]);
-                one = as_u32(__hfma2(a, cosine, __hmul2(bb, sine)));
-                two = as_u32(__hfma2(bb, cosine, __hneg2(__hmul2(a, sine))));
-              }
-              if (KPAIRS / 2 >= 32 * (k + 1) || local < KPAIRS) {
-                int combo = (o % NOFF) * RS + row, other = PAIRING == 1 ? hi : 1;
-                u8* at = mine + (o / NOFF) * EXCHANGE_SET + 2 * index;
-                *reinterpret_cast<u32*>(at + exchange_offset(slot, combo, hi, lo_lane)) = one;
-                *reinterpret_cast<u32*>(at + exchange_offset(slot, combo, other, lo_lane) + 2 * step) = two;
-              }
-            }
-          }
-        }
-        __syncwarp();
-        Entry query_x[NTK][QSTEPS], query_y[NTK][QSTEPS];
 #pragma unroll
         for (int o = 0; o < TPS; o++) {
           const int set = o / NOFF;
-          if (o % NOFF == 0) {
-#pragma unroll
-            for (int j = 0; j < NTK; j++)
-#pragma unroll
-              for (int s = 0; s < QSTEPS; s++) {
-                int combo = (8 * j + r) / ORD, order = r & (ORD - 1);
-                int slot = s ^ (order >> 1);
-                u32 at = exchange + set * EXCHANGE_SET;
-                query_x[j][s] = load_entry<2 * KC>(at + exchange_offset(slot, combo, order & 1, t));
-                query_y[j][s] = load_entry<2 * KC>(at + exchange_offset(slot, combo, 1 - (order & 1), t));
-              }
-          }
-          float c[NTK][4], d[NTK][4];
+          if (EVERY == 1 && set > 0 && o % NOFF == 0) make_queries();
+          float c[NTK][SX][4], d[NTK][4];
 #pragma unroll
           for (int j = 0; j < NTK; j++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) c[j][i] = d[j][i] = 0.f;
+            for (int i = 0; i < 4; i++) {
+              d[j][i] = 0.f;
+#pragma unroll
+              for (int e = 0; e < SX; e++) c[j][e][i] = 0.f;
+            }
           if constexpr (PAIRING == 2) {
             // Groups that cut pairs: the channels go through shared memory into natural order.
             __syncwarp();
@@ -649,39 +809,40 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
               for (int h = 0; h < 2; h++)
 #pragma unroll
                 for (int i = 0; i < KREGS; i++) {
-                  __half2 cosine = as_half2(turn_cos[h][s][i]), sine = as_half2(turn_sin[h][s][i]);
-                  u32 *one, *two;
-                  if constexpr (PAIRING == 1) {
-                    Entry& e = i < KREGS / 2 ? x[h] : y[h];
-                    one = &e.x[i % imax(1, KREGS / 2)];
-                    two = &e.x[i % imax(1, KREGS / 2) + KREGS / 2];
+                  PairOf pair(x[h], y[h], i);
+                  if (s < SLOW_SLOT) {
+                    turn_on(*pair.one, *pair.two, turn_cos[h][s][i], turn_sin[h][s][i]);
                   } else {
-                    one = &x[h].x[i], two = &y[h].x[i];
+                    turn_little(*pair.one, *pair.two, turn_sin[h][s][i]);
                   }
-                  __half2 a = as_half2(*one), bb = as_half2(*two);
-                  *one = as_u32(__hfma2(a, cosine, __hneg2(__hmul2(bb, sine))));
-                  *two = as_u32(__hfma2(bb, cosine, __hmul2(a, sine)));
                 }
             }
 #pragma unroll
-            for (int j = 0; j < NTK; j++) {
-              const u32 *qx = query_x[j][s].x, *qy = query_y[j][s].x;
-              if constexpr (KC == 2) {
-                mma_16816(s & 1 ? d[j] : c[j], x[0].x[0], x[1].x[0], y[0].x[0], y[1].x[0], qx[0], qy[0]);
-              } else {
+            for (int j = 0; j < NTK; j++)
 #pragma unroll
-                for (int i = 0; i < KREGS; i += 2) {
-                  mma_16816(c[j], x[0].x[i], x[1].x[i], x[0].x[i + 1], x[1].x[i + 1], qx[i], qx[i + 1]);
-                  mma_16816(d[j], y[0].x[i], y[1].x[i], y[0].x[i + 1], y[1].x[i + 1], qy[i], qy[i + 1]);
+              for (int e = 0; e < SX; e++) {
+                const u32 *qx = query_x[j][s ^ (e * SWZ)].x, *qy = query_y[j][s ^ (e * SWZ)].x;
+                float(&first_sum)[4] = c[j][e];
+                float(&second_sum)[4] = SX > 1 ? c[j][e] : d[j];
+                if constexpr (KC == 2) {
+                  mma_16816(s & 1 ? second_sum : first_sum, x[0].x[0], x[1].x[0], y[0].x[0], y[1].x[0], qx[0], qy[0]);
+                } else {
+#pragma unroll
+                  for (int i = 0; i < KREGS; i += 2) {
+                    mma_16816(first_sum, x[0].x[i], x[1].x[i], x[0].x[i + 1], x[1].x[i + 1], qx[i], qx[i + 1]);
+                    mma_16816(second_sum, y[0].x[i], y[1].x[i], y[0].x[i + 1], y[1].x[i + 1], qy[i], qy[i + 1]);
+                  }
                 }
               }
-            }
           }
 #pragma unroll
           for (int j = 0; j < NTK; j++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-              float even = c[j][2 * h] + d[j][2 * h], odd = c[j][2 * h + 1] + d[j][2 * h + 1];
+              float even = d[j][2 * h], odd = d[j][2 * h + 1];
+#pragma unroll
+              for (int e = 0; e < SX; e++)
+                if (SX == 1 || swap / SWZ == e) even += c[j][e][2 * h], odd += c[j][e][2 * h + 1];
               float own = r & 1 ? odd : even;
               // A token's order is one column; its lane shares it with those of the other orders.
               if constexpr (ORD >= 4) {
@@ -691,6 +852,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
               }
               if (NOFF == 1 || my_off == o % NOFF) z[set][j][h] = own;
             }
+          if (EVERY > 1 && o % NOFF == NOFF - 1 && (STEPS > 1 || set < SG - 1)) turn_queries();
           if constexpr (VALUES) add_values(o);
         }
         fetch_keys(tile + TPS);
@@ -750,11 +912,8 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 #pragma unroll
             for (int g = 0; g < SG; g++) top = fmaxf(top, fmaxf(z[g][j][0], z[g][j][1]));
             for (int bit = 4; bit < 32; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
-            // Lanes of other t that hold the same row.
-            if constexpr (ORD >= 4 || (ORD == 2 && RS == 1))
-              top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-            if constexpr (ORD == 8 || (ORD == 2 && RS <= 2) || (ORD == 4 && RS == 1))
-              top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+            if constexpr (SAME_ROW_1) top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+            if constexpr (SAME_ROW_2) top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
             factor[j] = exp2_fast(peak[j] - top);
             peak[j] = top, sum[j] *= factor[j];
           }
@@ -791,34 +950,31 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
         // ---- values -------------------------------------------------------------------------
       }
     }
+    }
 
     // ---- what this unit found ---------------------------------------------------------------
     if constexpr (MODE != 1) {
+      // Where it goes is worked out anew, hidden from the compiler, which would keep it in
+      // registers all through the loop.
+      int this_unit = unit, this_warp = warp;
+      asm volatile("" : "+r"(this_unit), "+r"(this_warp));
+      const int to_b = this_unit / splits, leader = this_warp / team * team, member = this_warp - leader;
+      const i64 part_row = (static_cast<i64>(to_b) * kv_heads + head) * splits + this_unit % splits;
 #pragma unroll
-      for (int row = 0; row < RS; row++) {
-        float top = NEVER, l = 0.f;
-#pragma unroll
-        for (int j = 0; j < NTK; j++)
-          if ((my_combo + j * (8 / ORD)) % RS == row) {
-            top = fmaxf(top, peak[j]);
-            if (2 * t % ORD == 0) l += sum[j];
-          }
-        for (int bit = 1; bit < 32; bit <<= 1) {
-          top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
-          l += __shfl_xor_sync(~0u, l, bit);
-        }
-        if (team) {
-          if (lane == 0) team_ml[warp][row] = make_float2(top, l);
-        } else if (lane == 0 && (MODE == 0 || blockIdx.z == 0)) {
-          part_ml[part_row * rows_padded + row0 + row] = make_float2(top, l);
-        }
+      for (int j = 0; j < NTK; j++) {
+        float l = 2 * t % ORD == 0 ? sum[j] : 0.f;  // lanes of other orders hold the same again
+        for (int bit = 4; bit < 32; bit <<= 1) l += __shfl_xor_sync(~0u, l, bit);
+        if constexpr (SAME_ROW_1) l += __shfl_xor_sync(~0u, l, 1);
+        if constexpr (SAME_ROW_2) l += __shfl_xor_sync(~0u, l, 2);
+        const int combo = my_combo + j * (8 / ORD);
+        if (r == 0 && 2 * t % ORD == 0 && combo < RS) team_ml[warp][combo] = make_float2(peak[j], l);
       }
       float* buffer = reinterpret_cast<float*>(mine);
       constexpr int WIDTH = VBLOCKS * NB * VC;
       const int width = min(WIDTH, VALUE_DIM - block0 * NB * VC);
 #pragma unroll
       for (int v = 0; v < NTV; v++) {
-        __syncwarp();
+        team_sync();
 #pragma unroll
         for (int u = 0; u < TS; u++) {
           if (t % TS == u) {
@@ -828,50 +984,70 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
               int column = (r + 8 * (hs % QPB) + ST * u) & (NB - 1);
               int group = (hs / QPB) * NB + column;
               if ((block0 * NB + group) < VGROUPS) {
+                float* at = buffer + row * OUT_PITCH + group * VC;
+                if constexpr (VREGS == 1) {
+                  const float* x = acc[hs / 2][v] + (hs & 1) * 2;
+                  float2* two = reinterpret_cast<float2*>(at);
+                  float2 had = u == 0 ? make_float2(0.f, 0.f) : *two;
+                  *two = make_float2(had.x + x[0], had.y + x[1]);
+                } else {
+                  // A product's four results are the channels of two registers of an entry.
 #pragma unroll
-                for (int i = 0; i < VC; i++) {
-                  // Register i / 2 of the entry, parity i % 2.
-                  int m = VREGS == 1 ? hs / 2 : hs * (VREGS / 2) + i / 4;
-                  int e = VREGS == 1 ? (hs & 1) * 2 + i : i % 4;
-                  float* at = buffer + row * VALUE_DIM + group * VC + i;
-                  *at = u == 0 ? acc[m][v][e] : *at + acc[m][v][e];
+                  for (int i = 0; i < VREGS / 2; i++) {
+                    const float* x = acc[hs * (VREGS / 2) + i][v];
+                    float4* four = reinterpret_cast<float4*>(at) + i;
+                    float4 had = u == 0 ? make_float4(0.f, 0.f, 0.f, 0.f) : *four;
+                    *four = make_float4(had.x + x[0], had.y + x[1], had.z + x[2], had.w + x[3]);
+                  }
                 }
               }
             }
           }
           __syncwarp();
         }
-        if (team) __syncthreads();
+        team_sync();
+        auto found = [&](int w) {
+          return reinterpret_cast<const float*>(smem + KEY_SMEM + VALUE_SMEM + w * WARP_SMEM);
+        };
+#pragma unroll 4
+        for (int item = member * 32 + lane; item < RPT * WIDTH; item += team * 32) {
+          const int row = item / WIDTH, i = item % WIDTH, own = v * RPT + row, index = row0 + own;
+          if (own >= RS || i >= width) continue;
+          float2 ml = team_ml[leader][own];
+          float x = found(leader)[row * OUT_PITCH + i];
+          if (team > 1) {
+            const float start = ml.x;
 #pragma unroll
-        for (int row = 0; row < RPT; row++) {
-          const int own = v * RPT + row;
-          if (own < RS) {
-            float* out = part_out + (part_row * rows_padded + row0 + own) * VALUE_DIM + block0 * NB * VC;
-            if (team) {
-              float top = NEVER, l = 0.f;
-              for (int w = 0; w < WARPS; w++) top = fmaxf(top, team_ml[w][own].x);
-              for (int w = 0; w < WARPS; w++) l += team_ml[w][own].y * exp2_fast(team_ml[w][own].x - top);
-              if (threadIdx.x == 0 && (MODE == 0 || blockIdx.z == 0))
-                part_ml[part_row * rows_padded + row0 + own] = make_float2(top, l);
-              for (int i = threadIdx.x; i < width; i += WARPS * 32) {
-                float x = 0.f;
+            for (int w = 1; w < WARPS; w++)
+              if (w < team) ml.x = fmaxf(ml.x, team_ml[leader + w][own].x);
+            float factor = exp2_fast(start - ml.x);
+            x *= factor, ml.y *= factor;
 #pragma unroll
-                for (int w = 0; w < WARPS; w++)
-                  x += exp2_fast(team_ml[w][own].x - top) *
-                      reinterpret_cast<const float*>(smem + KEY_SMEM + VALUE_SMEM + w * WARP_SMEM)[row * VALUE_DIM + i];
-                out[i] = x;
+            for (int w = 1; w < WARPS; w++)
+              if (w < team) {
+                float2 other = team_ml[leader + w][own];
+                factor = exp2_fast(other.x - ml.x);
+                x += factor * found(leader + w)[row * OUT_PITCH + i], ml.y += factor * other.y;
               }
-            } else {
-              for (int i = lane; i < width; i += 32) out[i] = buffer[row * VALUE_DIM + i];
-            }
+          }
+          const int channel = block0 * NB * VC + i;
+          if (out == nullptr) {
+            const i64 at = part_row * rows_padded + index;
+            part_out[at * VALUE_DIM + channel] = x;
+            if (channel == 0) part_ml[at] = ml;
+          } else if (index < rows_all) {
+            // A row that may see nothing gets zeros, as SDPA's kernels give.
+            int of = index, token = 0;
+            if (query_length > 1) of = index / query_length, token = index % query_length;
+            out[to_b * out_b + (head * queries_per_head + of) * out_h + token * out_l +
+                value_channels[head * VALUE_DIM + channel]] = from_float(ml.y > 0.f ? x / ml.y : 0.f);
           }
         }
-        if (team) __syncthreads();
       }
-      __syncwarp();
+      team_sync();
       if constexpr (SCORES) {
         // The buffer lay over the queries, whose padding must be zero.
-        if (KUNITS % 4 != 0 || QSTEPS != QSLOTS || KSLOTS * KEY_PARTS != KSLOTS_ALL)
+        if constexpr (PADDED)
           for (int i = lane; i < EXCHANGE / 4; i += 32) reinterpret_cast<u32*>(mine)[i] = 0;
       }
     }

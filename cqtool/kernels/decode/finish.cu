@@ -62,7 +62,16 @@ cq_finish(const float* __restrict__ part_out, const float2* __restrict__ part_ml
   __shared__ float coded_out[WARPS][PASSES][D], coded_top[WARPS][PASSES], coded_sum[WARPS][PASSES];
 
   allow_next_kernel();
+  int2 channels[VN];  // of the lane's pairs
+#pragma unroll
+  for (int i = 0; i < VN; i++)
+    channels[i] = lane + 32 * i < D / 2
+        ? *reinterpret_cast<const int2*>(value_channels + head * D + 2 * (lane + 32 * i))
+        : make_int2(0, 0);
   wait_for_previous_kernel();
+  const int begin = first[b], code_end = coded[b], end = total[b];
+  const int sink_count = sink_keys != nullptr ? max(0, min(sinks, code_end - begin)) : 0;
+  const int dense = sink_count + end - code_end;
   // Parts: a warp takes one row and every STRIDE-th part of it, CHUNK of them in flight.
   constexpr int STRIDE = WARPS / RS > 0 ? WARPS / RS : 1, CHUNK = 4;
   const i64 parts = (static_cast<i64>(b) * kv_heads + head) * splits;
@@ -108,14 +117,12 @@ cq_finish(const float* __restrict__ part_out, const float2* __restrict__ part_ml
 #pragma unroll
     for (int i = 0; i < VN; i++)
       if (lane + 32 * i < D / 2) {
-        const int* channel = value_channels + head * D + 2 * (lane + 32 * i);
-        coded_out[warp][pass][channel[0]] = extra[i].x;
-        coded_out[warp][pass][channel[1]] = extra[i].y;
+        coded_out[warp][pass][channels[i].x] = extra[i].x;
+        coded_out[warp][pass][channels[i].y] = extra[i].y;
       }
     if (lane == 0) coded_top[warp][pass] = high, coded_sum[warp][pass] = l;
   }
 
-  const int begin = first[b], code_end = coded[b], end = total[b];
   const int oldest_query = end - query_length;
   float2 q[RS][KN];
   int row_begin[RS], row_end[RS];
@@ -127,7 +134,7 @@ cq_finish(const float* __restrict__ part_out, const float2* __restrict__ part_ml
 #pragma unroll
     for (int i = 0; i < KN; i++) {
       int pair = lane + 32 * i;
-      q[row][i] = pair < KD / 2 ? load_pair(at + 2 * pair) : make_float2(0.f, 0.f);
+      q[row][i] = dense > 0 && pair < KD / 2 ? load_pair(at + 2 * pair) : make_float2(0.f, 0.f);
       q[row][i].x *= scale, q[row][i].y *= scale;
     }
     row_end[row] = oldest_query + l + 1;
@@ -142,8 +149,6 @@ cq_finish(const float* __restrict__ part_out, const float2* __restrict__ part_ml
 #pragma unroll
     for (int i = 0; i < VN; i++) o[row][i] = make_float2(0.f, 0.f);
   }
-  const int sink_count = sink_keys != nullptr ? max(0, min(sinks, code_end - begin)) : 0;
-  const int dense = sink_count + end - code_end;
   for (int index = warp; index < dense; index += WARPS) {
     const element *key, *value;
     int column;

@@ -137,6 +137,7 @@ def decode_attention(
         tables.value_format.bits,
         tables.pairing,
         tables.rotation.style != "none",
+        rope.slow,
         coded.tokens,
         scale,
         rope.scale,
@@ -176,6 +177,7 @@ def _decode_attention(
     value_bits: int,
     pairing: str,
     rotate: bool,
+    slow: bool,
     tokens: int,
     scale: float,
     rope_scale: float,
@@ -196,6 +198,7 @@ def _decode_attention(
         heads // kv_heads * length,
         pairing,  # type: ignore[arg-type]
         rotate,
+        slow and rotate,
         str(query.dtype).removeprefix("torch."),
         softcap > 0,
         mask is not None,
@@ -238,12 +241,16 @@ def _decode_attention(
     if batch == 0:
         return out
     launch, modules, finish, processors = kernels
-    cut = share(batch, kv_heads, tokens, launch, processors)
+    dense = recent_keys is not None or sink_keys is not None
+    cut = share(batch, kv_heads, tokens, launch, processors, finish=dense)
     rows = case.row_groups * case.row_block
-    parts = query.new_empty(
-        batch, kv_heads, cut.splits, rows, value_format.head_dim, dtype=torch.float32
-    )
-    peaks = query.new_empty(batch, kv_heads, cut.splits, rows, 2, dtype=torch.float32)
+    # With one split and nothing to add the kernel writes the result itself.
+    partial = dense or cut.splits > 1
+    parts = peaks = None
+    if partial:
+        shape = (batch, kv_heads, cut.splits, rows)
+        parts = query.new_empty(*shape, value_format.head_dim, dtype=torch.float32)
+        peaks = query.new_empty(*shape, 2, dtype=torch.float32)
     columns = -(-tokens // 16) * 16
     scores = (
         None
@@ -283,14 +290,19 @@ def _decode_attention(
         gain.shape[2] if gain is not None else 0,
         _pointer(scores),
         columns,
-        parts.data_ptr(),
-        peaks.data_ptr(),
+        _pointer(parts),
+        _pointer(peaks),
+        0 if partial else out.data_ptr(),
+        out.stride(0),
+        out.stride(1),
+        out.stride(2),
+        value_channels.data_ptr(),
         batch,
         kv_heads,
         heads // kv_heads,
         length,
         cut.splits,
-        int(cut.team),
+        cut.team,
         sinks,
         sliding,
         float(factor * rope_scale),
@@ -308,14 +320,16 @@ def _decode_attention(
             *arguments,
             overlap=True,
         )
+    if not partial:
+        return out
     finish.launch(
         "cq_finish",
         (batch * kv_heads, case.row_groups, 1),
         (launch.finish_warps * 32, 1, 1),
         0,
         stream,
-        parts.data_ptr(),
-        peaks.data_ptr(),
+        _pointer(parts),
+        _pointer(peaks),
         query.data_ptr(),
         query.stride(0),
         query.stride(1),

@@ -16,6 +16,7 @@ from cqtool.kernels.layout import (
     phase_steps,
     plan_keys,
     turn_table,
+    turns_slowly,
     value_table,
 )
 
@@ -28,11 +29,13 @@ class RopeTable:
         steps: int64 ``[kv_heads, key_dim / 2]``, see :func:`layout.phase_steps`.
         turns: float16 ``[kv_heads, 23, 2, key_dim / 2]``, see :func:`layout.turn_table`.
         scale: factor on turned keys (YaRN's attention_scaling).
+        slow: see :func:`layout.turns_slowly`.
     """
 
     steps: Tensor
     turns: Tensor
     scale: float = 1.0
+    slow: bool = False
 
 
 class LayerTables:
@@ -96,7 +99,8 @@ class LayerTables:
         }
         steps = torch.stack([made[plan][0] for plan in self.plans])
         turns = torch.stack([made[plan][1] for plan in self.plans])
-        return RopeTable(steps.to(device), turns.to(device), scale)
+        slow = all(turns_slowly(inv_freq, plan) for plan in made)
+        return RopeTable(steps.to(device), turns.to(device), scale, slow)
 
     @property
     def no_rope(self) -> RopeTable:
