@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from cqtool.geometry import KeyRotation
-from cqtool.kernels.decode.op import CodedTokens, Columns, DenseTokens, decode_attention
+from cqtool.kernels.decode.arguments import CodedTokens, Columns, DenseTokens
+from cqtool.kernels.decode.op import decode_attention
 from cqtool.kernels.decode.tables import LayerTables
 from cqtool.kernels.layout import pack_keys, pack_values
 

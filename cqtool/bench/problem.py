@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cqtool.bench.formats import BenchFormat
 from cqtool.geometry import KeyRotation
+from cqtool.kernels.decode.arguments import CodedTokens, Columns
 from cqtool.kernels.decode.config import DecodeCase, DecodeLaunch, choose
-from cqtool.kernels.decode.op import CodedTokens, Columns, decode_attention, variants
+from cqtool.kernels.decode.op import decode_attention, variants
 from cqtool.kernels.decode.tables import LayerTables
 from cqtool.kernels.layout import TILE, CodeFormat, unpack_keys, unpack_values
 from cqtool.kernels.load import load

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from cqtool.cache.tiled import DTYPES, FEW, TiledLayer
-from cqtool.kernels.decode.op import CodedTokens, Columns, DenseTokens, decode_attention
+from cqtool.kernels.decode.arguments import CodedTokens, Columns, DenseTokens
+from cqtool.kernels.decode.op import decode_attention
 
 MARK = "_cqtool_layer"
 """The attribute by which a key tensor names the layer that is to attend."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cqtool.kernels.build import compile_variant
-from cqtool.kernels.decode.config import SHARED_BYTES, DecodeCase, choose, share
+from cqtool.kernels.decode.config import SHARED_BYTES, DecodeCase, choose
 from cqtool.kernels.decode.op import variants
+from cqtool.kernels.decode.share import share
 from cqtool.kernels.variants import ARCHITECTURES, Variant
 
 FORMATS = {"8c8b": (8, 8), "4c8b": (4, 8), "2c8b": (2, 8), "8c10b": (8, 10)}
@@ -57,13 +58,29 @@ def test_hopper_has_a_kernel_for_everything(dim: int, name: str, rows: int) -> N
     assert largest <= 227 * 1024
 
 
-@pytest.mark.parametrize("batch, heads, tokens", [(16, 32, 8192), (1, 8, 131072), (300, 32, 500)])
-def test_work_is_shared_evenly(batch: int, heads: int, tokens: int) -> None:
-    launch = choose(_case("8c8b", 1), 90)
+@pytest.mark.parametrize("finish", [True, False])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    "batch, heads, tokens", [(16, 32, 8192), (1, 8, 131072), (300, 32, 500), (1, 8, 1)]
+)
+def test_work_is_shared_evenly(
+    batch: int, heads: int, tokens: int, rows: int, finish: bool
+) -> None:
+    launch = choose(_case("8c8b", rows), 90)
     assert launch is not None
-    cut = share(batch, heads, tokens, launch, 132)
-    workers = cut.parts * (1 if cut.team else launch.warps)
+    cut = share(batch, heads, tokens, launch, 132, finish)
+    # The kernel has a barrier for each team, and a team's warps all take part in it.
+    assert launch.warps % cut.team == 0
+    workers = cut.parts * (launch.warps // cut.team)
     units = batch * cut.splits
     rounds = -(-units // workers)
-    assert units / (rounds * workers) > 0.8  # of the warps are busy
+    assert units / (rounds * workers) > 0.8 or tokens < 16  # of the warps are busy
     assert cut.parts * heads <= 132
+
+
+def test_few_rows_are_split_and_many_need_no_merging() -> None:
+    launch = choose(_case("8c8b", 1), 90)
+    assert launch is not None
+    assert share(1, 32, 32768, launch, 132, finish=False).splits > 1
+    assert share(16, 32, 8192, launch, 132, finish=False).splits == 1
+    assert share(2800, 32, 400, launch, 132, finish=False).splits == 1

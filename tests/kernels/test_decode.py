@@ -7,7 +7,8 @@ import torch
 from decode_cases import FORMATS, Case, build
 
 from cqtool.geometry import KeyRotation
-from cqtool.kernels.decode.op import CodedTokens, Columns, decode_attention
+from cqtool.kernels.decode.arguments import CodedTokens, Columns
+from cqtool.kernels.decode.op import decode_attention
 from cqtool.kernels.decode.tables import LayerTables
 
 CASES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 Pairing = Literal["paired", "closed", "scatter"]
@@ -289,60 +288,6 @@ def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
             if trial.shared_bytes(False, True) <= limit and case.value_dim // value_parts <= 128:
                 return trial
     return None
-
-
-@dataclass(frozen=True)
-class Share:
-    """How the work is cut.
-
-    Attributes:
-        parts: blocks per kv head.
-        splits: pieces a row's tokens are cut into; each leaves one partial result.
-        team: warps of a block that work on one piece.
-    """
-
-    parts: int
-    splits: int
-    team: int
-
-
-def share(
-    batch: int, kv_heads: int, tokens: int, launch: DecodeLaunch, sms: int, finish: bool = True
-) -> Share:
-    """Cut the work so that all warps have about as much to do.
-
-    Args:
-        batch: rows.
-        kv_heads: heads, each with tables of its own.
-        tokens: most coded tokens of a row.
-        launch: the kernels' constants.
-        sms: multiprocessors of the GPU.
-        finish: whether cq_finish runs even where one split would not need it.
-    """
-    steps = max(1, _ceil(_ceil(tokens, 16), launch.tiles))
-    return _share(batch, kv_heads, steps, launch.warps, sms, finish)
-
-
-# The search takes a tenth of a millisecond and more, and a decode step asks once a layer. Only the
-# number of steps matters, so that an answer holds for many tokens.
-@lru_cache(maxsize=1024)
-def _share(batch: int, kv_heads: int, steps: int, warps: int, sms: int, finish: bool) -> Share:
-    parts = max(1, sms // kv_heads)
-    best, best_cost = Share(1, 1, 1), float("inf")
-    for team in range(1, warps + 1):
-        if warps % team:
-            continue
-        teams = warps // team
-        workers = parts * teams
-        for splits in range(1, max(1, min(steps // team, 4 * workers // batch)) + 1):
-            # In steps: what a warp walks, what a unit's start and end cost, what cq_finish costs.
-            rounds = _ceil(batch * splits, workers)
-            walk = _ceil(steps, splits * team) + (2 if team == 1 else 2.5)
-            cost = rounds * walk + 0.03 * splits + (3 if splits > 1 and not finish else 0)
-            if cost < best_cost:
-                used = _ceil(batch * splits, teams)
-                best, best_cost = Share(min(parts, used), splits, team), cost
-    return best
 
 
 def _ceil(a: int, b: int) -> int:

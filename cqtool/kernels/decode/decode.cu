@@ -15,228 +15,7 @@
 //
 // Values are the A operand too (rows: groups, k: token x channel parity), weights times parity are
 // B; lanes of different t read different groups, which the columns keep apart again (VSEL of them).
-#include "../common.cuh"
-
-#ifndef MODE
-#define MODE 0
-#endif
-#ifndef ROWS
-#define ROWS 1
-#endif
-#ifndef WARPS
-#define WARPS 8
-#endif
-#ifndef KEY_PARTS
-#define KEY_PARTS 1
-#endif
-#ifndef VALUE_PARTS
-#define VALUE_PARTS 1
-#endif
-#ifndef PAIRING  // 0 paired, 1 closed, 2 scatter (layout.py)
-#define PAIRING 0
-#endif
-#ifndef ROTATE
-#define ROTATE 1
-#endif
-#ifndef SOFTCAP
-#define SOFTCAP 0
-#endif
-#ifndef HAS_MASK
-#define HAS_MASK 0
-#endif
-#ifndef PAGED
-#define PAGED 0
-#endif
-#ifndef HAS_GAIN
-#define HAS_GAIN 0
-#endif
-
-constexpr int RS = ROWS;
-// Rows of `turns`: offsets 0 to 15 within a tile, then 16, 32, ... 112.
-constexpr int TURN_ROWS = 23;
-constexpr float NEVER = -1e30f;
-__host__ __device__ constexpr int imax(int a, int b) { return a > b ? a : b; }
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// ---- keys -----------------------------------------------------------------------------------
-constexpr int KC = KEY_CHANNELS, KREGS = KC / 2;
-constexpr int KCENT = 1 << KEY_BITS;
-constexpr int KUNITS = KEY_DIM / (2 * KC);
-constexpr int KSLOTS_ALL = ceil_div(KUNITS, 4);
-constexpr int KSLOTS = ceil_div(KSLOTS_ALL, KEY_PARTS);
-constexpr int KSPB = 8 / KC;  // slots whose entries share a table row
-#ifndef KORD
-#define KORD (ROWS * (16 / KEY_CHANNELS) <= 16 ? 16 / KEY_CHANNELS : 2)
-#endif
-#ifndef SHARED_ORDERS
-#define SHARED_ORDERS 1
-#endif
-#ifndef EVERY
-#define EVERY 1
-#endif
-#ifndef SLOW
-#define SLOW 0
-#endif
-// ORD orders are columns of their own; SX times as many read the same B registers, slots exchanged.
-constexpr int ORD = KORD, SWZ = ORD / 2, SX = SHARED_ORDERS, SWT = SWZ * SX;
-constexpr int KSTEPS = ceil_div(KSLOTS, SWT) * SWT;
-constexpr int KBLOCKS = ceil_div(KSLOTS, KSPB);
-constexpr int KEY_TABLE = KBLOCKS * KCENT * 128;
-constexpr int KEY_TILE = 2 * (KEY_DIM / KC) * KEY_BITS;
-constexpr int NOFF = imax(1, 8 / ORD / RS);
-constexpr int NTK = imax(1, RS * ORD / 8);
-constexpr int COMBOS = NOFF * RS;
-#ifndef TILES  // of a step
-#define TILES (ROWS <= 2 ? 4 : 2)
-#endif
-constexpr int SG = imax(1, TILES / NOFF);  // sets of B fragments a step needs
-constexpr int TPS = SG * NOFF;
-// Whether the lanes t ^ 1, and t ^ 2, hold scores of the same query row.
-constexpr bool SAME_ROW_1 = ORD >= 4 || (ORD == 2 && RS == 1);
-constexpr bool SAME_ROW_2 = ORD == 8 || (ORD == 2 && RS <= 2) || (ORD == 4 && RS == 1);
-constexpr int STEPS = imax(1, EVERY / SG);  // between makings of the queries
-// Slots of the queries: a part's own, but all where a part's channels lie anywhere.
-constexpr int QSLOTS = PAIRING == 2 ? KSLOTS_ALL : KSLOTS;
-constexpr int QSTEPS = ceil_div(QSLOTS, SWT) * SWT;
-// Slots from here on turn so little within a tile that their cosines are 1 (turns_slowly in layout.py).
-constexpr int SLOW_SLOT = SLOW ? QSTEPS / 2 : QSTEPS;
-constexpr int KPAIRS = QSLOTS * 4 * KC;  // padding included
-constexpr int PP = ceil_div(KPAIRS / 2, 32);
-static_assert(NTK * 8 == COMBOS * ORD, "columns");
-static_assert(EVERY == 1 || EVERY % SG == 0, "the queries are made anew at the start of a step");
-static_assert(!SLOW || (QSTEPS / 2) % SWT == 0, "slots of one half stay in it");
-static_assert(KEY_PARTS == 1 || KSLOTS % KSPB == 0, "parts are whole tables");
-
-// ---- values ---------------------------------------------------------------------------------
-constexpr int VC = VALUE_CHANNELS, VREGS = VC / 2;
-constexpr int VCENT = 1 << VALUE_BITS;
-constexpr int VGROUPS = VALUE_DIM / VC;
-constexpr int NB = 64 / VC;  // groups whose entries share a table row
-constexpr int VBLOCKS_ALL = ceil_div(VGROUPS, NB);
-constexpr int VBLOCKS = ceil_div(VBLOCKS_ALL, VALUE_PARTS);
-constexpr int QPB = NB / 8;
-constexpr int HS = VBLOCKS * QPB;
-constexpr int MT = VREGS >= 2 ? HS * VREGS / 2 : ceil_div(HS, 2);  // row tiles of 16 channel pairs
-#ifndef VSEL
-#define VSEL (ROWS == 1 ? 4 : 2)
-#endif
-#ifndef VCOPIES
-#define VCOPIES (VSEL == 4 ? 1 : 2)
-#endif
-constexpr int TS = VSEL, ST = NB / TS;
-constexpr int NTV = imax(1, RS * TS * 2 / 8);
-constexpr int RPT = 4 / TS;  // rows a column tile of the values holds
-constexpr int VALUE_TABLE = VBLOCKS * VCENT * 128;
-constexpr int VALUE_TILE = 2 * VGROUPS * VALUE_BITS;
-static_assert(NTV * 4 == imax(4, RS * TS), "value columns");
-
-// ---- shared memory --------------------------------------------------------------------------
-constexpr bool SCORES = MODE != 2, VALUES = MODE != 1;
-constexpr int KEY_SMEM = SCORES ? KEY_TABLE : 0;
-constexpr int VALUE_SMEM = VALUES ? VALUE_TABLE * VCOPIES : 0;
-constexpr int EXCHANGE_SET = (QSTEPS / SWZ) * COMBOS * SWZ * 16 * KC;
-constexpr int EXCHANGE = SCORES ? EXCHANGE_SET : 0;
-constexpr bool PADDED = KUNITS % 4 != 0 || QSTEPS != QSLOTS || KSLOTS * KEY_PARTS != KSLOTS_ALL;
-constexpr int OUT_PITCH = RPT > 1 ? VALUE_DIM + 16 : VALUE_DIM;  // floats; keeps lanes apart
-constexpr int OUT_BUFFER = VALUES ? RPT * OUT_PITCH * 4 : 0;
-constexpr int UNION = imax(EXCHANGE, OUT_BUFFER);
-constexpr int WEIGHTS_PITCH = TPS * 16 + 8;  // halves
-constexpr int WEIGHTS = VALUES ? RS * WEIGHTS_PITCH * 2 : 0;
-constexpr int NAT_PITCH = KEY_DIM + 8;  // halves
-constexpr int NATURAL = SCORES && PAIRING == 2 ? 16 * NAT_PITCH * 2 : 0;
-// Queries as they came, where they are needed time and again: of each row and lane, two pairs.
-struct __align__(4 * sizeof(element)) Pairs {
-  element first[2], second[2];
-};
-constexpr int RAW = SCORES && EVERY > 1 ? RS * PP * 32 * sizeof(Pairs) : 0;
-constexpr int WARP_SMEM = (UNION + RAW + WEIGHTS + NATURAL + 15) / 16 * 16;
-
-extern __shared__ __align__(128) u8 smem[];
-
-struct Entry {
-  u32 x[4];
-};
-template <int BYTES>
-DEVICE Entry load_entry(u32 offset) {
-  Entry e;
-  if constexpr (BYTES == 16) {
-    uint4 v = *reinterpret_cast<const uint4*>(smem + offset);
-    e.x[0] = v.x, e.x[1] = v.y, e.x[2] = v.z, e.x[3] = v.w;
-  } else if constexpr (BYTES == 8) {
-    uint2 v = *reinterpret_cast<const uint2*>(smem + offset);
-    e.x[0] = v.x, e.x[1] = v.y;
-  } else {
-    e.x[0] = *reinterpret_cast<const u32*>(smem + offset);
-  }
-  return e;
-}
-
-// base + 128 * (the code of `word` that `pick` selects: 128 in its byte), with the two upper bits of
-// 10-bit codes at `shift` of `upper`. One dot product instruction does shift, mask and sum.
-template <int BITS>
-DEVICE u32 row_at(u32 base, u32 word, u32 pick, u32 upper, int shift) {
-  if constexpr (BITS > 8) base += ((upper >> shift) & 3u) << 15;
-  return __dp4a(word, pick, base);
-}
-
-// Half-precision rotations of two pairs of channels: on by their angles, back by them, and on by
-// angles whose cosines are 1.
-DEVICE void turn_on(u32& one, u32& two, u32 cosine, u32 sine) {
-  __half2 a = as_half2(one), b = as_half2(two), c = as_half2(cosine), s = as_half2(sine);
-  one = as_u32(__hfma2(a, c, __hneg2(__hmul2(b, s))));
-  two = as_u32(__hfma2(b, c, __hmul2(a, s)));
-}
-DEVICE void turn_back(u32& one, u32& two, u32 cosine, u32 sine) {
-  turn_on(one, two, cosine, sine ^ 0x80008000u);
-}
-DEVICE void turn_little(u32& one, u32& two, u32 sine) {
-  __half2 a = as_half2(one), b = as_half2(two), s = as_half2(sine);
-  one = as_u32(__hfma2(__hneg2(b), s, a));
-  two = as_u32(__hfma2(a, s, b));
-}
-
-// The two registers of a lane's entries that turn with each other.
-struct PairOf {
-  u32 *one, *two;
-  DEVICE PairOf(Entry& x, Entry& y, int i) {
-    if constexpr (PAIRING == 1) {
-      Entry& e = i < KREGS / 2 ? x : y;
-      one = &e.x[i % imax(1, KREGS / 2)];
-      two = &e.x[i % imax(1, KREGS / 2) + KREGS / 2];
-    } else {
-      one = &x.x[i], two = &y.x[i];
-    }
-  }
-};
-
-// Where the tiles of one batch row and head lie.
-struct Tiles {
-  const u8* base;
-#if PAGED
-  const int* pages;
-  i64 page_bytes;  // of one page of all heads
-  int shift;       // log2(tiles a page)
-#endif
-  template <int TILE_BYTES>
-  DEVICE const u8* at(int tile) const {
-#if PAGED
-    i64 page = pages[tile >> shift];
-    return base + page * page_bytes + static_cast<i64>(tile & ((1 << shift) - 1)) * TILE_BYTES;
-#else
-    return base + static_cast<i64>(tile) * TILE_BYTES;
-#endif
-  }
-};
-
-DEVICE u32 load_word(const u8* tile, int offset) {
-  return __ldg(reinterpret_cast<const u32*>(tile + offset));
-}
-
-// The rotated queries of a warp's next step, as B fragments in shared memory.
-DEVICE u32 exchange_offset(int slot, int combo, int hi, int t) {
-  int place = ((slot / SWZ) * COMBOS + combo) * SWZ + slot % SWZ;
-  return ((place * 2 + (hi ^ ((slot / SWZ) & 1))) * 4 + t) * (2 * KC);
-}
+#include "pieces.cuh"
 
 #if MODE == 0
 #define KERNEL cq_decode
@@ -715,241 +494,240 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
     // (weights zero), the last no scores (tokens beyond the end).
     const int last = tile0 < tile1 ? tile1 + (VALUES ? TPS : 0) : tile0;
     for (int tile = tile0; tile < last;) {
-    if constexpr (SCORES) make_queries();
+      if constexpr (SCORES) make_queries();
 #pragma unroll 1
-    for (int n = 0; n < STEPS && tile < last; n++, tile += TPS) {
-      float z[SG][NTK][2];
+      for (int n = 0; n < STEPS && tile < last; n++, tile += TPS) {
+        float z[SG][NTK][2];
 #pragma unroll
-      for (int i = 0; i < SG * NTK * 2; i++) (&z[0][0][0])[i] = 0.f;
+        for (int i = 0; i < SG * NTK * 2; i++) (&z[0][0][0])[i] = 0.f;
 
-      const int column = (tile + my_off) * 16 + r;  // of set 0; set g is 16 NOFF g further
-      if constexpr (MODE == 2) {
-        // Under way while the values of the step before are added.
+        const int column = (tile + my_off) * 16 + r;  // of set 0; set g is 16 NOFF g further
+        if constexpr (MODE == 2) {
+          // Under way while the values of the step before are added.
 #pragma unroll
-        for (int g = 0; g < SG; g++)
+          for (int g = 0; g < SG; g++)
 #pragma unroll
-          for (int j = 0; j < NTK; j++)
+            for (int j = 0; j < NTK; j++)
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-              int at = min(column + 16 * NOFF * g + 8 * h, stop - 1);
+              for (int h = 0; h < 2; h++) {
+                int at = min(column + 16 * NOFF * g + 8 * h, stop - 1);
 #pragma unroll
-              for (int p = 0; p < KEY_PARTS; p++) z[g][j][h] += raw_scores(p, j)[at];
-            }
-      }
-      if constexpr (SCORES) {
-#pragma unroll
-        for (int o = 0; o < TPS; o++) {
-          const int set = o / NOFF;
-          if (EVERY == 1 && set > 0 && o % NOFF == 0) make_queries();
-          float c[NTK][SX][4], d[NTK][4];
-#pragma unroll
-          for (int j = 0; j < NTK; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-              d[j][i] = 0.f;
-#pragma unroll
-              for (int e = 0; e < SX; e++) c[j][e][i] = 0.f;
-            }
-          if constexpr (PAIRING == 2) {
-            // Groups that cut pairs: the channels go through shared memory into natural order.
-            __syncwarp();
-#pragma unroll
-            for (int s = 0; s < KSTEPS; s++) {
-              int slot = s ^ swap;
-              bool real = slot < KSLOTS && (slot0 + slot) * 4 + t < KUNITS;
-#pragma unroll
-              for (int i = 0; i < 4; i++) {  // token half, lo or hi
-                int hi = i & 1, column = ((slot % KSPB) * 8 + hi * 4 + t) * (2 * KC);
-                u32 upper = KEY_BITS > 8 ? key_upper[o][s] : 0;
-                u32 at = (real ? slot / KSPB : 0) * (KCENT * 128) + column;
-                Entry e = load_entry<2 * KC>(
-                    row_at<KEY_BITS>(at, key_codes_now[o][s], key_pick[i], upper, 2 * i));
-                const u16* place = natural_place + head * KEY_DIM +
-                    (real ? (((slot0 + slot) * 4 + t) * 2 + hi) * KC : 0);
-                u16* row = reinterpret_cast<u16*>(natural) + (r + 8 * (i >> 1)) * NAT_PITCH;
-                if (real) {
-#pragma unroll
-                  for (int ch = 0; ch < KC; ch++)
-                    row[place[ch]] = static_cast<u16>(e.x[ch / 2] >> (16 * (ch & 1)));
-                }
+                for (int p = 0; p < KEY_PARTS; p++) z[g][j][h] += raw_scores(p, j)[at];
               }
-            }
-            __syncwarp();
-          }
+        }
+        if constexpr (SCORES) {
 #pragma unroll
-          for (int s = 0; s < QSTEPS; s++) {
-            Entry x[2], y[2];
+          for (int o = 0; o < TPS; o++) {
+            const int set = o / NOFF;
+            if (EVERY == 1 && set > 0 && o % NOFF == 0) make_queries();
+            float c[NTK][SX][4], d[NTK][4];
+#pragma unroll
+            for (int j = 0; j < NTK; j++)
+#pragma unroll
+              for (int i = 0; i < 4; i++) {
+                d[j][i] = 0.f;
+#pragma unroll
+                for (int e = 0; e < SX; e++) c[j][e][i] = 0.f;
+              }
             if constexpr (PAIRING == 2) {
-              int slot = s ^ swap;
-              int at = slot < QSLOTS && slot * 4 + t < KUNITS ? (slot * 4 + t) * KC : 0;
+              // Groups that cut pairs: the channels go through shared memory into natural order.
+              __syncwarp();
 #pragma unroll
-              for (int h = 0; h < 2; h++) {
-                const __half* row = natural + (r + 8 * h) * NAT_PITCH + at;
+              for (int s = 0; s < KSTEPS; s++) {
+                int slot = s ^ swap;
+                bool real = slot < KSLOTS && (slot0 + slot) * 4 + t < KUNITS;
 #pragma unroll
-                for (int i = 0; i < KREGS; i++) {
-                  x[h].x[i] = reinterpret_cast<const u32*>(row + (r & 1) * (KEY_DIM / 2))[i];
-                  y[h].x[i] = reinterpret_cast<const u32*>(row + (1 - (r & 1)) * (KEY_DIM / 2))[i];
+                for (int i = 0; i < 4; i++) {  // token half, lo or hi
+                  int hi = i & 1, column = ((slot % KSPB) * 8 + hi * 4 + t) * (2 * KC);
+                  u32 upper = KEY_BITS > 8 ? key_upper[o][s] : 0;
+                  u32 at = (real ? slot / KSPB : 0) * (KCENT * 128) + column;
+                  Entry e = load_entry<2 * KC>(
+                      row_at<KEY_BITS>(at, key_codes_now[o][s], key_pick[i], upper, 2 * i));
+                  const u16* place = natural_place + head * KEY_DIM +
+                      (real ? (((slot0 + slot) * 4 + t) * 2 + hi) * KC : 0);
+                  u16* row = reinterpret_cast<u16*>(natural) + (r + 8 * (i >> 1)) * NAT_PITCH;
+                  if (real) {
+#pragma unroll
+                    for (int ch = 0; ch < KC; ch++)
+                      row[place[ch]] = static_cast<u16>(e.x[ch / 2] >> (16 * (ch & 1)));
+                  }
                 }
               }
-            } else {
-              u32 upper = KEY_BITS > 8 ? key_upper[o][s] : 0;
-              u32 base_x = key_base[s % KSPB] + (s / KSPB) * (KCENT * 128);
-              // The other of lo and hi lies four columns away.
-              u32 base_y = base_x ^ (8 * KC);
-              u32 word = key_codes_now[o][s];
-#pragma unroll
-              for (int h = 0; h < 2; h++) {
-                int x_shift = 4 * h + 2 * (r & 1), y_shift = 4 * h + 2 - 2 * (r & 1);
-                x[h] = load_entry<2 * KC>(row_at<KEY_BITS>(base_x, word, key_pick[2 * h], upper, x_shift));
-                y[h] = load_entry<2 * KC>(row_at<KEY_BITS>(base_y, word, key_pick[2 * h + 1], upper, y_shift));
-              }
+              __syncwarp();
             }
-            if constexpr (ROTATE) {
 #pragma unroll
-              for (int h = 0; h < 2; h++)
+            for (int s = 0; s < QSTEPS; s++) {
+              Entry x[2], y[2];
+              if constexpr (PAIRING == 2) {
+                int slot = s ^ swap;
+                int at = slot < QSLOTS && slot * 4 + t < KUNITS ? (slot * 4 + t) * KC : 0;
 #pragma unroll
-                for (int i = 0; i < KREGS; i++) {
-                  PairOf pair(x[h], y[h], i);
-                  if (s < SLOW_SLOT) {
-                    turn_on(*pair.one, *pair.two, turn_cos[h][s][i], turn_sin[h][s][i]);
+                for (int h = 0; h < 2; h++) {
+                  const __half* row = natural + (r + 8 * h) * NAT_PITCH + at;
+#pragma unroll
+                  for (int i = 0; i < KREGS; i++) {
+                    x[h].x[i] = reinterpret_cast<const u32*>(row + (r & 1) * (KEY_DIM / 2))[i];
+                    y[h].x[i] = reinterpret_cast<const u32*>(row + (1 - (r & 1)) * (KEY_DIM / 2))[i];
+                  }
+                }
+              } else {
+                u32 upper = KEY_BITS > 8 ? key_upper[o][s] : 0;
+                u32 base_x = key_base[s % KSPB] + (s / KSPB) * (KCENT * 128);
+                // The other of lo and hi lies four columns away.
+                u32 base_y = base_x ^ (8 * KC);
+                u32 word = key_codes_now[o][s];
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                  int x_shift = 4 * h + 2 * (r & 1), y_shift = 4 * h + 2 - 2 * (r & 1);
+                  x[h] = load_entry<2 * KC>(row_at<KEY_BITS>(base_x, word, key_pick[2 * h], upper, x_shift));
+                  y[h] = load_entry<2 * KC>(row_at<KEY_BITS>(base_y, word, key_pick[2 * h + 1], upper, y_shift));
+                }
+              }
+              if constexpr (ROTATE) {
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+#pragma unroll
+                  for (int i = 0; i < KREGS; i++) {
+                    PairOf pair(x[h], y[h], i);
+                    if (s < SLOW_SLOT) {
+                      turn_on(*pair.one, *pair.two, turn_cos[h][s][i], turn_sin[h][s][i]);
+                    } else {
+                      turn_little(*pair.one, *pair.two, turn_sin[h][s][i]);
+                    }
+                  }
+              }
+#pragma unroll
+              for (int j = 0; j < NTK; j++)
+#pragma unroll
+                for (int e = 0; e < SX; e++) {
+                  const u32 *qx = query_x[j][s ^ (e * SWZ)].x, *qy = query_y[j][s ^ (e * SWZ)].x;
+                  float(&first_sum)[4] = c[j][e];
+                  float(&second_sum)[4] = SX > 1 ? c[j][e] : d[j];
+                  if constexpr (KC == 2) {
+                    mma_16816(s & 1 ? second_sum : first_sum, x[0].x[0], x[1].x[0], y[0].x[0], y[1].x[0], qx[0], qy[0]);
                   } else {
-                    turn_little(*pair.one, *pair.two, turn_sin[h][s][i]);
+#pragma unroll
+                    for (int i = 0; i < KREGS; i += 2) {
+                      mma_16816(first_sum, x[0].x[i], x[1].x[i], x[0].x[i + 1], x[1].x[i + 1], qx[i], qx[i + 1]);
+                      mma_16816(second_sum, y[0].x[i], y[1].x[i], y[0].x[i + 1], y[1].x[i + 1], qy[i], qy[i + 1]);
+                    }
                   }
                 }
             }
 #pragma unroll
             for (int j = 0; j < NTK; j++)
 #pragma unroll
-              for (int e = 0; e < SX; e++) {
-                const u32 *qx = query_x[j][s ^ (e * SWZ)].x, *qy = query_y[j][s ^ (e * SWZ)].x;
-                float(&first_sum)[4] = c[j][e];
-                float(&second_sum)[4] = SX > 1 ? c[j][e] : d[j];
-                if constexpr (KC == 2) {
-                  mma_16816(s & 1 ? second_sum : first_sum, x[0].x[0], x[1].x[0], y[0].x[0], y[1].x[0], qx[0], qy[0]);
-                } else {
+              for (int h = 0; h < 2; h++) {
+                float even = d[j][2 * h], odd = d[j][2 * h + 1];
 #pragma unroll
-                  for (int i = 0; i < KREGS; i += 2) {
-                    mma_16816(first_sum, x[0].x[i], x[1].x[i], x[0].x[i + 1], x[1].x[i + 1], qx[i], qx[i + 1]);
-                    mma_16816(second_sum, y[0].x[i], y[1].x[i], y[0].x[i + 1], y[1].x[i + 1], qy[i], qy[i + 1]);
-                  }
+                for (int e = 0; e < SX; e++)
+                  if (SX == 1 || swap / SWZ == e) even += c[j][e][2 * h], odd += c[j][e][2 * h + 1];
+                float own = r & 1 ? odd : even;
+                // A token's order is one column; its lane shares it with those of the other orders.
+                if constexpr (ORD >= 4) {
+                  if (((2 * t) & (ORD - 1)) >> 1 != (r & (ORD - 1)) >> 1) own = 0.f;
+                  own += __shfl_xor_sync(~0u, own, 1);
+                  if constexpr (ORD == 8) own += __shfl_xor_sync(~0u, own, 2);
+                }
+                if (NOFF == 1 || my_off == o % NOFF) z[set][j][h] = own;
+              }
+            if (EVERY > 1 && o % NOFF == NOFF - 1 && (STEPS > 1 || set < SG - 1)) turn_queries();
+            if constexpr (VALUES) add_values(o);
+          }
+          fetch_keys(tile + TPS);
+        } else {
+#pragma unroll
+          for (int o = 0; o < TPS; o++) add_values(o);
+        }
+        if constexpr (VALUES) fetch_values(tile);
+
+        // ---- scores of tokens column, column + 8 for the lane's rows ---------------------------
+        if constexpr (MODE == 1) {
+#pragma unroll
+          for (int g = 0; g < SG; g++)
+#pragma unroll
+            for (int j = 0; j < NTK; j++)
+#pragma unroll
+              for (int h = 0; h < 2; h++) {
+                int at = column + 16 * NOFF * g + 8 * h;
+                if (at < stop && 2 * t % ORD == 0) raw_scores(blockIdx.z, j)[at] = z[g][j][h];
+              }
+        }
+        if constexpr (MODE != 1) {
+          float gain[SG][2];
+          bool rises = false;
+#pragma unroll
+          for (int g = 0; g < SG; g++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+              const int at = column + 16 * NOFF * g + 8 * h;
+              bool seen = at < stop;
+              gain[g][h] = 1.f;
+              if constexpr (HAS_MASK) seen = seen && mask[b * mask_stride + min(at, stop - 1)] != 0;
+              if constexpr (HAS_GAIN) {
+                i64 place = (static_cast<i64>(b) * kv_heads + head) * gain_stride + min(at, stop - 1);
+                if (value_gain != nullptr) gain[g][h] = __half2float(value_gain[place]);
+                if (key_gain != nullptr) {
+#pragma unroll
+                  for (int j = 0; j < NTK; j++) z[g][j][h] *= __half2float(key_gain[place]);
                 }
               }
-          }
 #pragma unroll
-          for (int j = 0; j < NTK; j++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-              float even = d[j][2 * h], odd = d[j][2 * h + 1];
-#pragma unroll
-              for (int e = 0; e < SX; e++)
-                if (SX == 1 || swap / SWZ == e) even += c[j][e][2 * h], odd += c[j][e][2 * h + 1];
-              float own = r & 1 ? odd : even;
-              // A token's order is one column; its lane shares it with those of the other orders.
-              if constexpr (ORD >= 4) {
-                if (((2 * t) & (ORD - 1)) >> 1 != (r & (ORD - 1)) >> 1) own = 0.f;
-                own += __shfl_xor_sync(~0u, own, 1);
-                if constexpr (ORD == 8) own += __shfl_xor_sync(~0u, own, 2);
-              }
-              if (NOFF == 1 || my_off == o % NOFF) z[set][j][h] = own;
-            }
-          if (EVERY > 1 && o % NOFF == NOFF - 1 && (STEPS > 1 || set < SG - 1)) turn_queries();
-          if constexpr (VALUES) add_values(o);
-        }
-        fetch_keys(tile + TPS);
-      } else {
-#pragma unroll
-        for (int o = 0; o < TPS; o++) add_values(o);
-      }
-      if constexpr (VALUES) fetch_values(tile);
-
-      // ---- scores of tokens column, column + 8 for the lane's rows ---------------------------
-      if constexpr (MODE == 1) {
-#pragma unroll
-        for (int g = 0; g < SG; g++)
-#pragma unroll
-          for (int j = 0; j < NTK; j++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-              int at = column + 16 * NOFF * g + 8 * h;
-              if (at < stop && 2 * t % ORD == 0) raw_scores(blockIdx.z, j)[at] = z[g][j][h];
-            }
-      }
-      if constexpr (MODE != 1) {
-        float gain[SG][2];
-        bool rises = false;
-#pragma unroll
-        for (int g = 0; g < SG; g++)
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            const int at = column + 16 * NOFF * g + 8 * h;
-            bool seen = at < stop;
-            gain[g][h] = 1.f;
-            if constexpr (HAS_MASK) seen = seen && mask[b * mask_stride + min(at, stop - 1)] != 0;
-            if constexpr (HAS_GAIN) {
-              i64 place = (static_cast<i64>(b) * kv_heads + head) * gain_stride + min(at, stop - 1);
-              if (value_gain != nullptr) gain[g][h] = __half2float(value_gain[place]);
-              if (key_gain != nullptr) {
-#pragma unroll
-                for (int j = 0; j < NTK; j++) z[g][j][h] *= __half2float(key_gain[place]);
+              for (int j = 0; j < NTK; j++) {
+                if constexpr (SOFTCAP) {  // query_scale holds 1 / cap, `cap` the factor to base 2
+                  float e = exp2_fast(-2.885390081777927f * fabsf(z[g][j][h]));
+                  z[g][j][h] = copysignf(cap * (1.f - e) / (1.f + e), z[g][j][h]);
+                }
+                if (!seen || at < row_begin[j]) z[g][j][h] = __int_as_float(0xff800000);
+                rises |= z[g][j][h] > peak[j] + 8.f;
               }
             }
+          // Weights may reach 2^8 before the maximum follows: rescaling stays out of the hot path.
+          if (__any_sync(~0u, rises)) {
+            float factor[NTK];
 #pragma unroll
             for (int j = 0; j < NTK; j++) {
-              if constexpr (SOFTCAP) {  // query_scale holds 1 / cap, `cap` the factor to base 2
-                float e = exp2_fast(-2.885390081777927f * fabsf(z[g][j][h]));
-                z[g][j][h] = copysignf(cap * (1.f - e) / (1.f + e), z[g][j][h]);
+              float top = peak[j];
+#pragma unroll
+              for (int g = 0; g < SG; g++) top = fmaxf(top, fmaxf(z[g][j][0], z[g][j][1]));
+              for (int bit = 4; bit < 32; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
+              if constexpr (SAME_ROW_1) top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+              if constexpr (SAME_ROW_2) top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+              factor[j] = exp2_fast(peak[j] - top);
+              peak[j] = top, sum[j] *= factor[j];
+            }
+#pragma unroll
+            for (int v = 0; v < NTV; v++) {
+              // Column 8 v + 2 t belongs to this row; a lane that holds its factor:
+              int row = (8 * v + 2 * t) / (2 * TS);
+              int j = row * ORD / 8, holder = (row * ORD % 8) / 2;
+              float f = 0.f;
+#pragma unroll
+              for (int i = 0; i < NTK; i++) {
+                float candidate = __shfl_sync(~0u, factor[i], holder);
+                if (i == j) f = candidate;
               }
-              if (!seen || at < row_begin[j]) z[g][j][h] = __int_as_float(0xff800000);
-              rises |= z[g][j][h] > peak[j] + 8.f;
+#pragma unroll
+              for (int k = 0; k < MT; k++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) acc[k][v][e] *= f;
             }
           }
-        // Weights may reach 2^8 before the maximum follows: rescaling stays out of the hot path.
-        if (__any_sync(~0u, rises)) {
-          float factor[NTK];
+          __syncwarp();
 #pragma unroll
-          for (int j = 0; j < NTK; j++) {
-            float top = peak[j];
+          for (int g = 0; g < SG; g++)
 #pragma unroll
-            for (int g = 0; g < SG; g++) top = fmaxf(top, fmaxf(z[g][j][0], z[g][j][1]));
-            for (int bit = 4; bit < 32; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
-            if constexpr (SAME_ROW_1) top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-            if constexpr (SAME_ROW_2) top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-            factor[j] = exp2_fast(peak[j] - top);
-            peak[j] = top, sum[j] *= factor[j];
-          }
-#pragma unroll
-          for (int v = 0; v < NTV; v++) {
-            // Column 8 v + 2 t belongs to this row; a lane that holds its factor:
-            int row = (8 * v + 2 * t) / (2 * TS);
-            int j = row * ORD / 8, holder = (row * ORD % 8) / 2;
-            float f = 0.f;
-#pragma unroll
-            for (int i = 0; i < NTK; i++) {
-              float candidate = __shfl_sync(~0u, factor[i], holder);
-              if (i == j) f = candidate;
+            for (int j = 0; j < NTK; j++) {
+              float p0 = exp2_fast(z[g][j][0] - peak[j]), p1 = exp2_fast(z[g][j][1] - peak[j]);
+              sum[j] += p0 + p1;
+              int row = (my_combo + j * (8 / ORD)) % RS;
+              __half* at = weights + row * WEIGHTS_PITCH + (g * NOFF + my_off) * 16 + r;
+              at[0] = __float2half_rn(p0 * gain[g][0]), at[8] = __float2half_rn(p1 * gain[g][1]);
             }
-#pragma unroll
-            for (int k = 0; k < MT; k++)
-#pragma unroll
-              for (int e = 0; e < 4; e++) acc[k][v][e] *= f;
-          }
-        }
-        __syncwarp();
-#pragma unroll
-        for (int g = 0; g < SG; g++)
-#pragma unroll
-          for (int j = 0; j < NTK; j++) {
-            float p0 = exp2_fast(z[g][j][0] - peak[j]), p1 = exp2_fast(z[g][j][1] - peak[j]);
-            sum[j] += p0 + p1;
-            int row = (my_combo + j * (8 / ORD)) % RS;
-            __half* at = weights + row * WEIGHTS_PITCH + (g * NOFF + my_off) * 16 + r;
-            at[0] = __float2half_rn(p0 * gain[g][0]), at[8] = __float2half_rn(p1 * gain[g][1]);
-          }
-        __syncwarp();
+          __syncwarp();
 
-        // ---- values -------------------------------------------------------------------------
+        }
       }
-    }
     }
 
     // ---- what this unit found ---------------------------------------------------------------

@@ -6,19 +6,6 @@
 // column % capacity.
 #include "../common.cuh"
 
-#ifndef ROWS
-#define ROWS 1
-#endif
-#ifndef WARPS
-#define WARPS 8
-#endif
-#ifndef SOFTCAP
-#define SOFTCAP 0
-#endif
-#ifndef HAS_MASK
-#define HAS_MASK 0
-#endif
-
 constexpr int RS = ROWS, D = VALUE_DIM, KD = KEY_DIM;
 constexpr int KN = (KD / 2 + 31) / 32, VN = (D / 2 + 31) / 32;  // channel pairs a lane takes
 constexpr float NEVER = -1e30f;
