@@ -80,6 +80,11 @@ def growing_segments(device: torch.device) -> Iterator[str | None]:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
 
 
+def allocated_bytes(device: torch.device) -> int:
+    """Bytes of tensors on a GPU; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def _in_use(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     return total - free

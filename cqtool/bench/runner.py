@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from cqtool.bench.caches import CacheMaker
-from cqtool.bench.memory import PeakMemory, peak_memory, within_memory
+from cqtool.bench.memory import PeakMemory, allocated_bytes, peak_memory, within_memory
 from cqtool.bench.timing import Spread
 
 CHUNK_TOKENS = 16384
@@ -73,7 +73,7 @@ class Runner:
         rows, tokens = ids.shape
         length = self.settings.length
         step = max(1, CHUNK_TOKENS // tokens)
-        if rows <= step or not self.maker.joins:
+        if not self._is_joined(rows, tokens):
             cache = self.maker.make(rows, length)
             return cache, self._extend(ids, cache)
         chunks, longer = [], []
@@ -82,6 +82,10 @@ class Runner:
             longer.append(self._extend(part, chunk))
             chunks.append(chunk)
         return self.maker.join(chunks, rows, length), torch.cat(longer)
+
+    def _is_joined(self, rows: int, tokens: int) -> bool:
+        """Whether such a batch of prompts is taken in as several caches."""
+        return self.maker.joins and rows > max(1, CHUNK_TOKENS // tokens)
 
     def _extend(self, ids: Tensor, cache: Cache) -> Tensor:
         out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -112,7 +116,13 @@ class Runner:
         ids = self.prompts(1, max(1, length - _PROBE_STEPS - 1))
         chunk = self.maker.chunk(1, ids.shape[1])
         ids = self._extend(ids, chunk)
+        before = allocated_bytes(self.settings.device)
         cache = self.maker.repeat(chunk, rows, length)
+        if self._is_joined(rows, self.settings.prompt):
+            # Caches are joined layer by layer, so that one layer is there twice for a moment; and
+            # the passes over the prompts leave gaps: once as much again for them.
+            layer = (allocated_bytes(self.settings.device) - before) // len(cache.layers)
+            torch.empty(2 * layer, dtype=torch.uint8, device=self.settings.device)
         self.decode(ids.expand(rows, -1).contiguous(), cache, min(_PROBE_STEPS, length - 2))
 
     @torch.no_grad()

@@ -169,6 +169,30 @@ def test_the_last_steps_are_tried_with_the_room_of_a_whole_text(
     assert parts == [[2] * 4] * 4
 
 
+def test_a_batch_that_is_joined_needs_room_for_joining(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caches_module, "CQCache", _FusedCache)
+    monkeypatch.setattr(runner_module, "CHUNK_TOKENS", 2 * SETTINGS.prompt)
+    asked: list[int] = []
+    empty = torch.empty
+
+    def look(*size: Any, **options: Any) -> torch.Tensor:
+        if options.get("dtype") == torch.uint8 and len(size) == 1:
+            asked.append(size[0])
+        return empty(*size, **options)
+
+    allocated = iter([100, 100 + 8 * model.config.num_hidden_layers])
+    monkeypatch.setattr(runner_module, "allocated_bytes", lambda device: next(allocated))
+    monkeypatch.setattr(runner_module.torch, "empty", look)
+    maker = make_makers(model, ["cq"], parse_formats(["cq-8c8b"]), 0)[0]
+    Runner(model, maker, SETTINGS)._last_steps(5)
+    assert asked == [16]  # twice a layer of 8 bytes
+    allocated = iter([100])
+    Runner(model, maker, SETTINGS)._last_steps(2)  # fits into one pass
+    assert asked == [16]
+
+
 @pytest.mark.parametrize("limit", [1, 2, 7, 100, 224, 1000, 2731])
 def test_the_largest_batch_is_found_to_two_percent_in_few_tries(limit: int) -> None:
     tried: list[int] = []

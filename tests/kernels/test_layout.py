@@ -19,6 +19,7 @@ from cqtool.kernels.layout import (
     phase_steps,
     plan_keys,
     turn_table,
+    turns_slowly,
     unpack_keys,
     unpack_values,
     value_table,
@@ -141,3 +142,25 @@ def test_turn_table_rows_are_offsets() -> None:
     for row, offset in [(0, 0), (7, 7), (15, 15), (16, 16), (18, 48), (22, 112)]:
         assert (table[row, 0] - (offset * rate).cos()).abs().max() < 1e-3
         assert (table[row, 1] - (offset * rate).sin()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize("base, slow", [(500_000.0, True), (10_000.0, True), (1_000.0, False)])
+def test_later_pairs_turn_slowly_from_a_base_of_ten_thousand(
+    style: str, base: float, slow: bool
+) -> None:
+    inv_freq = base ** (-torch.arange(0, 128, 2).double() / 128)
+    plan = plan_keys(CodeFormat(128, 8, 8), KeyRotation(style, 128))
+    assert turns_slowly(inv_freq, plan) is slow
+    # What is left out must be as little as is said.
+    later = inv_freq[torch.tensor(plan.frequency)][32:]
+    offsets = torch.arange(-8, 8).double()[:, None]
+    error = torch.hypot((offsets * later).cos() - 1, (offsets * later).sin() - (offsets * later))
+    assert bool(error.square().mean(0).sum().div(64).sqrt() < 3.1e-4) is slow
+
+
+def test_permuted_groups_put_fast_pairs_among_the_later() -> None:
+    inv_freq = 10_000.0 ** (-torch.arange(0, 128, 2).double() / 128)
+    permutation = tuple(range(127, -1, -1))
+    plan = plan_keys(CodeFormat(128, 8, 8), KeyRotation("half", 128), permutation)
+    assert not turns_slowly(inv_freq, plan)
