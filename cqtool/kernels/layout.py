@@ -444,8 +444,9 @@ def turns_slowly(inv_freq: Tensor, plan: KeyPlan) -> bool:
     """Whether the kernels may take the cosines of the later half of the pairs for 1 in a tile.
 
     An offset of up to 8 tokens from a tile's middle then leaves a relative error of half the angle
-    squared; it may be 3e-4 at most, root mean square over all pairs and offsets: as much as half
-    precision does to the rest. With full rotary embeddings a base of 10000 is just enough.
+    squared; it may be 3.2e-4 at most, root mean square over all pairs and offsets: as much as half
+    precision does to the rest. With full rotary embeddings a base of 10000 is just enough. A pair
+    alone may err by ten times as much: the fastest of the later half at the tile's ends.
 
     Args:
         inv_freq: ``[dim / 2]`` radians a token.
@@ -457,4 +458,4 @@ def turns_slowly(inv_freq: Tensor, plan: KeyPlan) -> bool:
     offsets = torch.arange(-8, 8, dtype=torch.float64)
     later = rates[len(plan.frequency) // 2 :]
     errors = ((offsets[:, None] * later) ** 2 / 2).square().mean(0)
-    return bool((errors.sum() / len(rates)).sqrt() <= 3e-4)
+    return bool((errors.sum() / len(rates)).sqrt() <= 3.2e-4)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from decode_cases import FORMATS, Case, build
 
 from cqtool.geometry import KeyRotation
+from cqtool.kernels.build import compile_variant
 from cqtool.kernels.decode.arguments import CodedTokens, Columns
 from cqtool.kernels.decode.op import decode_attention
+from cqtool.kernels.decode.share import Share
 from cqtool.kernels.decode.tables import LayerTables
+from cqtool.kernels.module import LoadedModule, open_device
+from cqtool.kernels.variants import Variant
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,6 +72,78 @@ def test_groups(style: str, permute: str, name: str) -> None:
 @pytest.mark.parametrize("dim", [64, 80, 256])
 def test_groups_of_other_head_dims(permute: str, dim: int) -> None:
     check(Case(permute=permute, dim=dim, group=1))
+
+
+def cut_like(monkeypatch: pytest.MonkeyPatch, cut: Share) -> None:
+    """Have all work cut in one way, whatever is best."""
+
+    def share(*args: Any, **options: Any) -> Share:
+        return cut
+
+    monkeypatch.setattr("cqtool.kernels.decode.op.share", share)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_warp_walks_many_tiles(name: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries are made, turned on as often as may be, and made again."""
+    cut_like(monkeypatch, Share(parts=1, splits=1, team=1))
+    check(Case(key=name, value=name, group=group, tokens=1500, batch=3))
+
+
+@pytest.mark.parametrize("style, permute", [("interleaved", "none"), ("half", "all")])
+@pytest.mark.parametrize("dim", [80, 128])
+@pytest.mark.parametrize("name", ["8c8b", "4c8b", "8c10b"])
+def test_a_warp_walks_many_tiles_of_other_groups(
+    style: str, permute: str, dim: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_like(monkeypatch, Share(parts=2, splits=1, team=1))
+    check(Case(style=style, permute=permute, dim=dim, key=name, value=name, group=4, tokens=1500))
+
+
+@pytest.mark.parametrize("team", [1, 2, 4, 8])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("name, group", [("8c8b", 1), ("8c8b", 3), ("8c10b", 4), ("2c8b", 8)])
+def test_every_cut_gives_the_same(
+    team: int, splits: int, window: int, name: str, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With results written by the kernel itself, and merged by the next."""
+    cut_like(monkeypatch, Share(parts=2, splits=splits, team=team))
+    case = Case(
+        key=name, value=name, group=group, tokens=700, batch=5, ragged=True, padded=True,
+        window=window, sinks=4 if window else 0,
+    )  # fmt: skip
+    check(case)
+
+
+def test_a_cut_of_more_rows_than_query_rows_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_like(monkeypatch, Share(parts=1, splits=1, team=4))
+    check(Case(group=4, length=5, tokens=300, batch=3))
+
+
+@pytest.mark.parametrize("name, dim", [("8c10b", 128), ("8c10b", 80), ("8c8b", 256), ("8c8b", 96)])
+@pytest.mark.parametrize("permute", ["none", "all"])
+def test_nothing_is_read_that_was_not_written(
+    name: str, dim: int, permute: str, tmp_path: Path
+) -> None:
+    """Shared memory keeps what the kernel before left there: here, numbers that are none."""
+    (tmp_path / "fill.cu").write_text(
+        'extern "C" __global__ void fill(int words) {\n'
+        "  extern __shared__ volatile unsigned memory[];\n"
+        "  for (int i = threadIdx.x; i < words; i += blockDim.x) memory[i] = 0x7fff7fffu;\n"
+        "}\n"
+    )
+    properties = torch.cuda.get_device_properties(0)
+    variant, arch = Variant("fill.cu", ()), f"sm_{properties.major}{properties.minor}"
+    cubin = compile_variant(variant, arch, tmp_path).cubin
+    module = LoadedModule(variant, open_device(0), arch, cubin, "a test")
+    size = properties.shared_memory_per_block_optin
+    stream = torch.cuda.current_stream().cuda_stream
+    grid = (4 * properties.multi_processor_count, 1, 1)
+    module.launch("fill", grid, (256, 1, 1), size, stream, size // 4)
+    torch.cuda.synchronize()
+    check(Case(key=name, value=name, dim=dim, permute=permute, group=2, tokens=200))
 
 
 @pytest.mark.parametrize("rotary", [16, 32, 64])

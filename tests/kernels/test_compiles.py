@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cqtool.kernels.build import compile_variant
-from cqtool.kernels.decode.config import SHARED_BYTES, DecodeCase, choose
+from cqtool.kernels.decode.config import SHARED_BYTES, DecodeCase, Pairing, choose
 from cqtool.kernels.decode.op import variants
 from cqtool.kernels.decode.share import share
 from cqtool.kernels.variants import ARCHITECTURES, Variant
@@ -36,6 +38,25 @@ def test_decode_compiles_without_spills(name: str, rows: int, slow: bool, arch: 
         (usage,) = compile_variant(variant, arch).usage.values()
         assert usage.registers * launch.warps * 32 <= 65536
         assert usage.spill_stores <= ALLOWED[name], f"{variant}: {usage}"
+
+
+@pytest.mark.parametrize("pairing", ["closed", "scatter"])
+@pytest.mark.parametrize("name, dim", [("8c8b", 128), ("4c8b", 80), ("8c10b", 128)])
+def test_other_groupings_compile(name: str, dim: int, pairing: Pairing) -> None:
+    launch = choose(replace(_case(name, 4, dim), pairing=pairing), 90)
+    assert launch is not None
+    assert launch.key_parts == (2 if name == "8c10b" else 1)
+    for _, variant in variants(launch):
+        (usage,) = compile_variant(variant, "sm_90").usage.values()
+        assert usage.spill_stores <= 64, f"{variant}: {usage}"
+
+
+def test_the_values_alone_do_not_depend_on_how_keys_are_grouped() -> None:
+    plain = choose(_case("8c10b", 4), 90)
+    other = choose(replace(_case("8c10b", 4, slow=False), pairing="closed"), 90)
+    assert plain is not None and other is not None
+    assert plain.defines(1) != other.defines(1)
+    assert plain.defines(2) == other.defines(2)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

@@ -64,14 +64,14 @@ class DecodeCase:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What only speed depends on, found by measurement.
+    """What speed depends on, found by measurement; `every` costs precision as well.
 
     Attributes:
         order: orders of a token's key entries that are columns of the queries.
         shared_orders: times as many that read the same queries, with slots exchanged.
         tiles: of a step.
-        every: query fragments between two that are made anew; those between are turned on in
-            registers. 1: all are made anew.
+        every: query fragments from one that is made anew to the next; those between are turned on
+            in registers, in half precision. 1: all are made anew.
     """
 
     order: int
@@ -197,6 +197,7 @@ class DecodeLaunch:
     def defines(self, mode: int) -> tuple[tuple[str, int], ...]:
         """-D options of decode.cu; mode 0 both, 1 scores, 2 values."""
         c = self.case
+        keys = mode != 2  # what only keys depend on would make equal kernels different
         found = {
             "MODE": mode,
             "KEY_DIM": c.key_dim,
@@ -206,8 +207,8 @@ class DecodeLaunch:
             "VALUE_CHANNELS": c.value_channels,
             "VALUE_BITS": c.value_bits,
             "ROWS": c.row_block,
-            "PAIRING": PAIRINGS.index(c.pairing),
-            "ROTATE": int(c.rotate),
+            "PAIRING": PAIRINGS.index(c.pairing) if keys else 0,
+            "ROTATE": int(c.rotate and keys),
             "DTYPE": DTYPES.index(c.dtype),
             "SOFTCAP": int(c.softcap),
             "HAS_MASK": int(c.mask),
@@ -220,7 +221,7 @@ class DecodeLaunch:
             "TILES": self.tiles,
             "SHARED_ORDERS": self.tuning.shared_orders,
             "EVERY": self.tuning.every,
-            "SLOW": int(self.slow),
+            "SLOW": int(self.slow and keys),
             "MAX_REGISTERS": min(255, 65536 // (32 * self.warps) // 8 * 8),
             "KEY_PARTS": self.key_parts,
             "VALUE_PARTS": self.value_parts,

@@ -68,8 +68,7 @@ static_assert(NTV * 4 == imax(4, RS * TS), "value columns");
 constexpr bool SCORES = MODE != 2, VALUES = MODE != 1;
 constexpr int KEY_SMEM = SCORES ? KEY_TABLE : 0;
 constexpr int VALUE_SMEM = VALUES ? VALUE_TABLE * VCOPIES : 0;
-constexpr int EXCHANGE_SET = (QSTEPS / SWZ) * COMBOS * SWZ * 16 * KC;
-constexpr int EXCHANGE = SCORES ? EXCHANGE_SET : 0;
+constexpr int EXCHANGE = SCORES ? QSTEPS * COMBOS * 16 * KC : 0;
 constexpr bool PADDED = KUNITS % 4 != 0 || QSTEPS != QSLOTS || KSLOTS * KEY_PARTS != KSLOTS_ALL;
 constexpr int OUT_PITCH = RPT > 1 ? VALUE_DIM + 16 : VALUE_DIM;  // floats; keeps lanes apart
 constexpr int OUT_BUFFER = VALUES ? RPT * OUT_PITCH * 4 : 0;

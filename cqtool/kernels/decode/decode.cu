@@ -1,17 +1,17 @@
 // Attention of a few query rows over coupled codes, decoded on the way into the tensor cores.
 //
-// One block holds the tables of one kv head in shared memory; each of its warps takes (batch row,
-// split) units by itself, and cq_finish merges what they write. MODE 0 (cq_decode) does scores and
-// values in one pass. Where the tables of keys and values do not fit together, MODE 1 (cq_scores)
-// writes raw scores and MODE 2 (cq_values) goes on from them.
+// One block holds the tables of one kv head in shared memory. Teams of its warps take units (a batch
+// row and a split of its tokens), and write the result, or what cq_finish merges. MODE 0 (cq_decode)
+// does scores and values in one pass. Where the tables of keys and values do not fit together, MODE 1
+// (cq_scores) writes raw scores and MODE 2 (cq_values) goes on from them.
 //
 // Scores are keys (A, 16 tokens x channels) times queries (B, channels x 8 columns). A lane decodes
 // the channels of tokens r and r + 8 that it owns. So that eight neighbouring lanes never meet in a
 // bank, odd tokens load "hi" before "lo" (and, with entries of less than 16 bytes, slots in another
 // order): every order is a column of B with its channels ordered alike, and a token reads its own.
 // The columns left are used for further tiles: with one query row the query is turned to four tile
-// starts at once. RoPE's angle is split: the query carries the start of the tile (from integer
-// phases), the key its offset within the tile (constants in registers).
+// middles at once. RoPE's angle is split: the query carries the middle of the tile (from integer
+// phases), the key its offset from there, -8 to 7 (constants in registers).
 //
 // Values are the A operand too (rows: groups, k: token x channel parity), weights times parity are
 // B; lanes of different t read different groups, which the columns keep apart again (VSEL of them).
@@ -81,7 +81,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 #endif
   u8* const mine = smem + KEY_SMEM + VALUE_SMEM + warp * WARP_SMEM;
   const u32 exchange = KEY_SMEM + VALUE_SMEM + warp * WARP_SMEM;
-  Pairs* const raw = reinterpret_cast<Pairs*>(mine + UNION);
+  Pairs* const kept_queries = reinterpret_cast<Pairs*>(mine + UNION);
   __half* const weights = reinterpret_cast<__half*>(mine + UNION + RAW);
   __half* const natural = reinterpret_cast<__half*>(mine + UNION + RAW + WEIGHTS);
 
@@ -161,6 +161,8 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
     // Padding of the queries, and channels that a part never writes, stay zero.
     if constexpr (PADDED)
       for (int i = lane; i < EXCHANGE / 4; i += 32) reinterpret_cast<u32*>(mine)[i] = 0;
+    if constexpr (PAIRING == 2 && KEY_PARTS > 1)
+      for (int i = lane; i < NATURAL / 4; i += 32) reinterpret_cast<u32*>(natural)[i] = 0;
 #pragma unroll
     for (int k = 0; k < PP; k++) {
       int pair = min(2 * (lane + 32 * k), KPAIRS - 2) + query_slot0 * 4 * KC;
@@ -267,7 +269,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
             if (!real) found.first[i] = found.second[i] = from_float(0.f);
           }
           if constexpr (EVERY > 1) {
-            raw[(row * PP + k) * 32 + lane] = found;
+            kept_queries[(row * PP + k) * 32 + lane] = found;
           } else {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -421,13 +423,13 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 #pragma unroll
       for (int k = 0; k < PP; k++) {
         int local = 2 * (lane + 32 * k);
-        int slot, lo_lane, index, hi, step;
+        int slot, lo_lane, index, hi, apart;
         if constexpr (PAIRING == 1) {
           int entry = local / (KC / 2);
           slot = entry / 8, lo_lane = (entry / 2) % 4, hi = entry & 1;
-          index = local % (KC / 2), step = KC / 2;
+          index = local % (KC / 2), apart = KC / 2;
         } else {
-          slot = local / (4 * KC), lo_lane = (local / KC) % 4, hi = 0, index = local % KC, step = 0;
+          slot = local / (4 * KC), lo_lane = (local / KC) % 4, hi = 0, index = local % KC, apart = 0;
         }
         float2 angle[2];
 #pragma unroll
@@ -442,7 +444,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
           for (int i = 0; i < 2; i++) {
             float f, g;
             if constexpr (EVERY > 1) {
-              const Pairs& own = raw[(row * PP + k) * 32 + lane];
+              const Pairs& own = kept_queries[(row * PP + k) * 32 + lane];
               f = to_float(own.first[i]) * query_scale, g = to_float(own.second[i]) * query_scale;
             } else {
               f = first_of[row][k][i], g = second_of[row][k][i];
@@ -459,7 +461,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
               int combo = o * RS + row, other = PAIRING == 1 ? hi : 1;
               u8* at = mine + 2 * index;
               *reinterpret_cast<u32*>(at + exchange_offset(slot, combo, hi, lo_lane)) = one;
-              *reinterpret_cast<u32*>(at + exchange_offset(slot, combo, other, lo_lane) + 2 * step) = two;
+              *reinterpret_cast<u32*>(at + exchange_offset(slot, combo, other, lo_lane) + 2 * apart) = two;
             }
           }
         }
