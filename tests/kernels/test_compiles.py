@@ -105,3 +105,13 @@ def test_few_rows_are_split_and_many_need_no_merging() -> None:
     assert share(1, 32, 32768, launch, 132, finish=False).splits > 1
     assert share(16, 32, 8192, launch, 132, finish=False).splits == 1
     assert share(2800, 32, 400, launch, 132, finish=False).splits == 1
+
+
+def test_passes_and_groups_of_rows_run_at_once() -> None:
+    parts = choose(_case("8c10b", 4), 90)
+    rows = choose(_case("8c8b", 32), 90)
+    assert parts is not None and rows is not None
+    assert (parts.key_parts, parts.value_parts) == (2, 2) and rows.case.row_groups == 4
+    assert share(16, 8, 8192, parts, 132).parts * 8 * 2 == 128
+    assert share(16, 8, 8192, rows, 132).parts * 8 * 4 == 128
+    assert share(16, 64, 8192, rows, 132).parts == 1

@@ -37,14 +37,17 @@ def share(
         finish: whether cq_finish runs even where one split would not need it.
     """
     steps = max(1, _ceil(_ceil(tokens, 16), launch.tiles))
-    return _share(batch, kv_heads, steps, launch.warps, sms, finish)
+    # Passes over parts of the channels, and groups of query rows, are blocks of their own. All are
+    # to run at once: a second wave of blocks would load its tables while nothing else runs.
+    passes = max(launch.key_parts, launch.value_parts) * launch.case.row_groups
+    parts = max(1, sms // (kv_heads * passes))
+    return _share(batch, parts, steps, launch.warps, finish)
 
 
 # The search takes a tenth of a millisecond and more, and a decode step asks once a layer. Only the
 # number of steps matters, so that an answer holds for many tokens.
 @lru_cache(maxsize=1024)
-def _share(batch: int, kv_heads: int, steps: int, warps: int, sms: int, finish: bool) -> Share:
-    parts = max(1, sms // kv_heads)
+def _share(batch: int, parts: int, steps: int, warps: int, finish: bool) -> Share:
     best, best_cost = Share(1, 1, 1), float("inf")
     for team in range(1, warps + 1):
         if warps % team:
