@@ -161,7 +161,11 @@ def find_shipped(
     architectures = compatible_architectures(capability)
     arch = next((arch for arch in architectures if (variant.name, arch) in index), None)
     if arch is None:
-        raise KernelError(f"{folder} ships no {variant.name} for {architectures[0]}.")
+        raise KernelError(
+            f"{folder} ships no {variant.name} for {architectures[0]}; artifacts ship kernels for "
+            "float16 and bfloat16, contiguous storage, passes over 1 to 8 tokens and RoPE bases "
+            "from 10000 on."
+        )
     entry = index[variant.name, arch]
     if entry.get("source_digest") != variant.digest(source_text, arch):
         raise KernelError(f"{variant.name} for {arch} in {folder} was compiled from other sources.")
