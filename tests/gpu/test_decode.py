@@ -117,9 +117,9 @@ def test_every_cut_gives_the_same(
     check(case)
 
 
-def test_a_cut_of_more_rows_than_query_rows_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_groups_of_query_rows_write_their_own_results(monkeypatch: pytest.MonkeyPatch) -> None:
     cut_like(monkeypatch, Share(parts=1, splits=1, team=4))
-    check(Case(group=4, length=5, tokens=300, batch=3))
+    check(Case(group=20, tokens=300, batch=3))
 
 
 @pytest.mark.parametrize("name, dim", [("8c10b", 128), ("8c10b", 80), ("8c8b", 256), ("8c8b", 96)])
