@@ -27,6 +27,9 @@ DECODE = {
     "4 channels, paged": Case(tokens=150, key="4c8b", value="4c8b", paged=True, group=2),
     "2 channels": Case(tokens=100, key="2c8b", value="2c8b"),
     "10 bits: scores, then values": Case(tokens=100, key="8c10b", value="8c10b"),
+    "10 bits, a part of few groups": Case(tokens=100, key="8c10b", value="8c10b", dim=80),
+    "10 bits, scattered": Case(tokens=100, key="8c10b", value="8c10b", permute="all"),
+    "one warp, many tiles": Case(batch=64, kv_heads=4, tokens=1200, group=4),
     "scattered groups": Case(tokens=100, permute="all"),
     "everything": Case(
         tokens=100,

@@ -117,7 +117,9 @@ def test_every_cut_gives_the_same(
     check(case)
 
 
-def test_several_groups_of_query_rows_write_their_own_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_groups_of_query_rows_write_their_own_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cut_like(monkeypatch, Share(parts=1, splits=1, team=4))
     check(Case(group=20, tokens=300, batch=3))
 

@@ -13,7 +13,9 @@ class Columns:
 
     Attributes:
         first: the first column that is not padding.
-        coded: columns below this are codes (or sinks), those from here on are recent tokens.
+        coded: columns below this are codes (or sinks), those from here on are recent tokens. Each
+            query token sees all codes, so with several of them `coded` is at most their number less
+            one below `total`.
         total: columns in all, the query's own included; the last query token's is ``total - 1``.
         origin: the column of position 0.
     """

@@ -127,8 +127,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       int slot = s ^ swap;
       int lanes = min(4, KUNITS - 4 * (slot0 + slot));
       bool real = slot < KSLOTS && t < lanes;
-      if (!real) slot = 0, lanes = 4;
-      key_word[s] = (32 * (slot0 + slot) + r * lanes + t) * 4;
+      key_word[s] = real ? (32 * (slot0 + slot) + r * lanes + t) * 4 : 0;
     }
 #pragma unroll
     for (int s = 0; s < QSTEPS; s++) {
@@ -413,6 +412,20 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       return scratch + index * scratch_stride;
     };
 
+    // Turning on multiplies by a rounded e^(i angle) time and again, which errs the same way each
+    // time. A long chain starts off by as much as makes its middle right.
+    auto centre_chain = [&](float2 angle, int k, int i) {
+      int pair = min(2 * (lane + 32 * k), KPAIRS - 2) + query_slot0 * 4 * KC + i;
+      if (pair >= KEY_DIM / 2) pair = 0;
+      const __half* rounded = turns + (head * TURN_ROWS + 15 + NOFF) * KEY_DIM + pair;
+      const float c = __half2float(rounded[0]), s = __half2float(rounded[KEY_DIM / 2]);
+      const u64 exact = steps[head * (KEY_DIM / 2) + pair] * (16 * NOFF);
+      const float2 turn = phase_turn(static_cast<u32>((exact + 0x80000000u) >> 32));
+      constexpr float HALF = 0.5f * (EVERY - 1);
+      const float longer = HALF * (c * turn.x + s * turn.y - 1.f), ahead = HALF * (s * turn.x - c * turn.y);
+      return make_float2((1.f - longer) * (angle.x + ahead * angle.y), (1.f - longer) * (angle.y - ahead * angle.x));
+    };
+
     // The queries turned to the middles of the next NOFF tiles, as B fragments: made by the whole
     // warp through shared memory (a lane turns a few channel pairs of all rows, and reads all
     // channels of one column) ...
@@ -435,6 +448,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           angle[i] = ROTATE ? phase_turn(phase[k][i]) : make_float2(1.f, 0.f);
+          if constexpr (ROTATE && EVERY >= 16) angle[i] = centre_chain(angle[i], k, i);
           phase[k][i] += advance[k][i];
         }
 #pragma unroll
