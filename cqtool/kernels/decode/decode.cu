@@ -414,15 +414,14 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 
     // Turning on multiplies by a rounded e^(i angle) time and again, which errs the same way each
     // time. A long chain starts off by as much as makes its middle right.
-    auto centre_chain = [&](float2 angle, int k, int i) {
+    auto centre_chain = [&](float2 angle, int k, int i, float half) {
       int pair = min(2 * (lane + 32 * k), KPAIRS - 2) + query_slot0 * 4 * KC + i;
       if (pair >= KEY_DIM / 2) pair = 0;
       const __half* rounded = turns + (head * TURN_ROWS + 15 + NOFF) * KEY_DIM + pair;
       const float c = __half2float(rounded[0]), s = __half2float(rounded[KEY_DIM / 2]);
       const u64 exact = steps[head * (KEY_DIM / 2) + pair] * (16 * NOFF);
       const float2 turn = phase_turn(static_cast<u32>((exact + 0x80000000u) >> 32));
-      constexpr float HALF = 0.5f * (EVERY - 1);
-      const float longer = HALF * (c * turn.x + s * turn.y - 1.f), ahead = HALF * (s * turn.x - c * turn.y);
+      const float longer = half * (c * turn.x + s * turn.y - 1.f), ahead = half * (s * turn.x - c * turn.y);
       return make_float2((1.f - longer) * (angle.x + ahead * angle.y), (1.f - longer) * (angle.y - ahead * angle.x));
     };
 
@@ -430,7 +429,9 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
     // warp through shared memory (a lane turns a few channel pairs of all rows, and reads all
     // channels of one column) ...
     Entry query_x[NTK][QSTEPS], query_y[NTK][QSTEPS];
-    auto make_queries = [&] {
+    auto make_queries = [&](int tile) {
+      // Half of the turns to come; a chain ends with the warp's tiles.
+      const float half = 0.5f * max(0, min(EVERY, ceil_div(tile1 - tile, NOFF)) - 1);
       if constexpr (EVERY > 1) load_tile_turns();
       __syncwarp();
 #pragma unroll
@@ -448,7 +449,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           angle[i] = ROTATE ? phase_turn(phase[k][i]) : make_float2(1.f, 0.f);
-          if constexpr (ROTATE && EVERY >= 16) angle[i] = centre_chain(angle[i], k, i);
+          if constexpr (ROTATE && EVERY >= 16) angle[i] = centre_chain(angle[i], k, i, half);
           phase[k][i] += advance[k][i];
         }
 #pragma unroll
@@ -510,7 +511,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
     // (weights zero), the last no scores (tokens beyond the end).
     const int last = tile0 < tile1 ? tile1 + (VALUES ? TPS : 0) : tile0;
     for (int tile = tile0; tile < last;) {
-      if constexpr (SCORES) make_queries();
+      if constexpr (SCORES) make_queries(tile);
 #pragma unroll 1
       for (int n = 0; n < STEPS && tile < last; n++, tile += TPS) {
         float z[SG][NTK][2];
@@ -535,7 +536,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 #pragma unroll
           for (int o = 0; o < TPS; o++) {
             const int set = o / NOFF;
-            if (EVERY == 1 && set > 0 && o % NOFF == 0) make_queries();
+            if (EVERY == 1 && set > 0 && o % NOFF == 0) make_queries(tile + o);
             float c[NTK][SX][4], d[NTK][4];
 #pragma unroll
             for (int j = 0; j < NTK; j++)
