@@ -13,6 +13,22 @@ from synthetic_artifact import write_calibration
 __all__ = ["hub"]
 
 
+@pytest.fixture
+def attended(monkeypatch):
+    """(layer, tokens) of every time a layer attended to codes."""
+    from cqtool.cache.fused import FusedLayer
+
+    log = []
+    original = FusedLayer.attend
+
+    def attend(self, query, scale, softcap):
+        log.append((self.index, query.shape[2]))
+        return original(self, query, scale, softcap)
+
+    monkeypatch.setattr(FusedLayer, "attend", attend)
+    return log
+
+
 def make_pseudo_text(words: int, seed: int = 0) -> str:
     """Text with a skewed vocabulary and repeated phrases, the same for the same seed."""
     rng = random.Random(seed)

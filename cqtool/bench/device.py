@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from cqtool import __version__
+from cqtool.bench.memory import allocator_setting
 from cqtool.errors import EnvironmentProblem
 
 _PACKAGES = ("transformers", "flashinfer-python", "flash-attn", "flash-attn-3", "cuda-core")
-
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -107,7 +106,7 @@ def describe_software() -> dict[str, Any]:
         "commit": _commit(KERNELS),
         "kernels_sha256": hashlib.sha256(read_sources().encode()).hexdigest(),
         **{name: _version(name) for name in _PACKAGES},
-        "allocator": next((os.environ[name] for name in _ALLOCATOR if name in os.environ), None),
+        "allocator": allocator_setting(),
     }
 
 

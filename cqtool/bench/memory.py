@@ -55,6 +55,11 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     found.driver_peak_bytes = _in_use(device)
 
 
+def allocator_setting() -> str | None:
+    """What the environment asks of torch's memory allocator, None for nothing."""
+    return next((os.environ[name] for name in _VARIABLES if name in os.environ), None)
+
+
 @contextmanager
 def growing_segments(device: torch.device) -> Iterator[str | None]:
     """Have torch's allocator map memory piece by piece, so that what one cache freed fits the next.
@@ -68,7 +73,7 @@ def growing_segments(device: torch.device) -> Iterator[str | None]:
     Yields:
         The settings that hold inside the block; None on a CPU.
     """
-    given = next((os.environ[name] for name in _VARIABLES if name in os.environ), None)
+    given = allocator_setting()
     if device.type != "cuda" or given is not None:
         yield given if device.type == "cuda" else None
         return

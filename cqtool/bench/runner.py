@@ -72,8 +72,8 @@ class Runner:
         """Take in the prompts; the filled cache, and the prompts with a token more."""
         rows, tokens = ids.shape
         length = self.settings.length
-        step = max(1, CHUNK_TOKENS // tokens)
-        if not self._is_joined(rows, tokens):
+        step = self._rows_a_pass(rows, tokens)
+        if step == rows:
             cache = self.maker.make(rows, length)
             return cache, self._extend(ids, cache)
         chunks, longer = [], []
@@ -83,9 +83,9 @@ class Runner:
             chunks.append(chunk)
         return self.maker.join(chunks, rows, length), torch.cat(longer)
 
-    def _is_joined(self, rows: int, tokens: int) -> bool:
-        """Whether such a batch of prompts is taken in as several caches."""
-        return self.maker.joins and rows > max(1, CHUNK_TOKENS // tokens)
+    def _rows_a_pass(self, rows: int, tokens: int) -> int:
+        """Of so many prompts, how many are taken in at a time: all, where caches do not join."""
+        return min(rows, max(1, CHUNK_TOKENS // tokens)) if self.maker.joins else rows
 
     def _extend(self, ids: Tensor, cache: Cache) -> Tensor:
         out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -118,7 +118,7 @@ class Runner:
         ids = self._extend(ids, chunk)
         before = allocated_bytes(self.settings.device)
         cache = self.maker.repeat(chunk, rows, length)
-        if self._is_joined(rows, self.settings.prompt):
+        if self._rows_a_pass(rows, self.settings.prompt) < rows:
             # Caches are joined layer by layer, so that one layer is there twice for a moment; and
             # the passes over the prompts leave gaps: once as much again for them.
             layer = (allocated_bytes(self.settings.device) - before) // len(cache.layers)
@@ -128,8 +128,7 @@ class Runner:
     @torch.no_grad()
     def warm(self, rows: int) -> None:
         """Run one prefill pass of such a batch, which loads and compiles what it needs."""
-        step = max(1, CHUNK_TOKENS // self.settings.prompt) if self.maker.joins else rows
-        ids = self.prompts(min(rows, step), self.settings.prompt)
+        ids = self.prompts(self._rows_a_pass(rows, self.settings.prompt), self.settings.prompt)
         self._extend(ids, self.maker.chunk(len(ids), self.settings.prompt))
 
     def measure(self, rows: int, runs: int, found_rows: list[dict[str, Any]]) -> None:
@@ -178,9 +177,7 @@ class Runner:
             "total": total.to_json(),
             "prefill": prefill.to_json(),
             "decode": decode.to_json(),
-            "prefill_chunks": -(-rows // max(1, CHUNK_TOKENS // settings.prompt))
-            if self.maker.joins
-            else 1,
+            "prefill_chunks": -(-rows // self._rows_a_pass(rows, settings.prompt)),
             "cache_bytes": held,
             "memory": memory.to_json(),
             "speedup": None,

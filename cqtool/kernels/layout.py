@@ -421,6 +421,15 @@ def phase_steps(inv_freq: Tensor, plan: KeyPlan) -> Tensor:
     return torch.tensor([s - 2**64 if s >= 2**63 else s for s in steps], dtype=torch.int64)
 
 
+def _pair_rates(inv_freq: Tensor, plan: KeyPlan) -> Tensor:
+    """Radians a token that each kernel pair turns, float64, zero where nothing turns."""
+    frequency = torch.tensor(plan.frequency)
+    rates = torch.zeros(len(plan.frequency), dtype=torch.float64)
+    turning = frequency >= 0
+    rates[turning] = inv_freq.double().cpu()[frequency[turning]]
+    return rates
+
+
 def turn_table(inv_freq: Tensor, plan: KeyPlan) -> Tensor:
     """Cosines and sines of the offsets 0 to 15 within a tile, and of 16, 32, ... 112.
 
@@ -432,11 +441,7 @@ def turn_table(inv_freq: Tensor, plan: KeyPlan) -> Tensor:
         float16 ``[23, 2, head_dim / 2]``.
     """
     offsets = torch.cat((torch.arange(TILE), torch.arange(1, 8) * TILE)).double()
-    frequency = torch.tensor(plan.frequency)
-    rates = torch.zeros(len(plan.frequency), dtype=torch.float64)
-    turning = frequency >= 0
-    rates[turning] = inv_freq.double().cpu()[frequency[turning]]
-    angles = offsets[:, None] * rates
+    angles = offsets[:, None] * _pair_rates(inv_freq, plan)
     return torch.stack((angles.cos(), angles.sin()), dim=1).half()
 
 
@@ -452,10 +457,8 @@ def turns_slowly(inv_freq: Tensor, plan: KeyPlan) -> bool:
         inv_freq: ``[dim / 2]`` radians a token.
         plan: the order of pairs.
     """
-    frequency = torch.tensor(plan.frequency)
-    rates = torch.zeros(len(plan.frequency), dtype=torch.float64)
-    rates[frequency >= 0] = inv_freq.double().cpu()[frequency[frequency >= 0]]
+    rates = _pair_rates(inv_freq, plan)
     offsets = torch.arange(-8, 8, dtype=torch.float64)
-    later = rates[len(plan.frequency) // 2 :]
+    later = rates[len(rates) // 2 :]
     errors = ((offsets[:, None] * later) ** 2 / 2).square().mean(0)
     return bool((errors.sum() / len(rates)).sqrt() <= 3.2e-4)

@@ -23,26 +23,11 @@ from cqtool.cache import CacheFormat, CQCache, LayerCodecs
 from cqtool.cache import cache as cache_module
 from cqtool.cache import fused as fused_module
 from cqtool.cache.attention import _Probe
-from cqtool.cache.fused import FusedLayer
 from cqtool.errors import KernelsUnavailable
 from cqtool.schemes.scalar import IntCodec
 
 ELSEWHERE = {"wide-gptj", "wide-bloom", "wide-gpt-oss"}
 """Architectures with an attention of their own, which the kernels cannot stand in for."""
-
-
-@pytest.fixture
-def attended(monkeypatch):
-    """(layer, tokens) of every time a layer attended to codes."""
-    log = []
-    original = FusedLayer.attend
-
-    def attend(self, query, scale, softcap):
-        log.append((self.index, query.shape[2]))
-        return original(self, query, scale, softcap)
-
-    monkeypatch.setattr(FusedLayer, "attend", attend)
-    return log
 
 
 def close(found, expected):

@@ -14,7 +14,6 @@ from transformers import DynamicCache
 from zoo import random_ids, tiny
 
 from cqtool.cache import CacheFormat, CQCache, CQCodec, LayerCodecs
-from cqtool.cache.fused import FusedLayer
 from cqtool.models.probe import read_geometry
 
 pytestmark = [
@@ -41,19 +40,11 @@ NAMES = [
 
 
 @pytest.fixture
-def attended(monkeypatch):
-    """(layer, tokens) whenever a layer attended to codes; the fallback's warning is an error."""
-    log = []
-    original = FusedLayer.attend
-
-    def attend(self, query, scale, softcap):
-        log.append((self.index, query.shape[2]))
-        return original(self, query, scale, softcap)
-
-    monkeypatch.setattr(FusedLayer, "attend", attend)
+def attended(attended):
+    """As everywhere; the warning that the reference serves is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        yield log
+        yield attended
 
 
 def run(model, format, implementation, ids, sizes, mask):

@@ -57,6 +57,16 @@ class DecodeCase:
         return min(8, 1 << max(0, self.rows - 1).bit_length())
 
     @property
+    def key_slots(self) -> int:
+        """Slots of a key head: four units of two groups each."""
+        return _ceil(self.key_dim // (2 * self.key_channels), 4)
+
+    @property
+    def value_blocks(self) -> int:
+        """Blocks of groups that share the rows of a value table."""
+        return _ceil(self.value_dim // self.value_channels, 64 // self.value_channels)
+
+    @property
     def row_groups(self) -> int:
         """Blocks of query rows."""
         return -(-self.rows // self.row_block)
@@ -78,6 +88,11 @@ class Tuning:
     shared_orders: int
     tiles: int
     every: int
+
+    @property
+    def slot_orders(self) -> int:
+        """Orders in which tokens take their slots."""
+        return self.order // 2 * self.shared_orders
 
 
 # By query rows and channels a key group, on an H100.
@@ -129,7 +144,7 @@ class DecodeLaunch:
         warps: of a block.
         select: columns by which lanes are told apart in the values' products.
         copies: of the values' tables in shared memory.
-        tuning: what only speed depends on.
+        tuning: what was found by measurement.
     """
 
     case: DecodeCase
@@ -154,8 +169,8 @@ class DecodeLaunch:
     @property
     def slow(self) -> bool:
         """Whether the later half of the slots leaves cosines out."""
-        orders = self.tuning.order // 2 * self.tuning.shared_orders
-        slots = _ceil(_ceil(self.case.key_dim // (2 * self.case.key_channels), 4), orders) * orders
+        orders = self.tuning.slot_orders
+        slots = _ceil(self.case.key_slots, orders) * orders
         halves = slots % (2 * orders) == 0
         return self.case.slow and self.case.rotate and self.key_parts == 1 and halves
 
@@ -163,25 +178,22 @@ class DecodeLaunch:
     def key_table(self) -> int:
         """Bytes of the key tables a block holds."""
         c = self.case
-        slots = -(-_ceil(c.key_dim // (2 * c.key_channels), 4) // self.key_parts)
+        slots = _ceil(c.key_slots, self.key_parts)
         return _ceil(slots, 8 // c.key_channels) * (1 << c.key_bits) * 128
 
     @property
     def value_table(self) -> int:
         """Bytes of one copy of the value tables a block holds."""
         c = self.case
-        blocks = _ceil(c.value_dim // c.value_channels, 64 // c.value_channels)
-        return _ceil(blocks, self.value_parts) * (1 << c.value_bits) * 128
+        return _ceil(c.value_blocks, self.value_parts) * (1 << c.value_bits) * 128
 
     def shared_bytes(self, scores: bool, values: bool) -> int:
         """Dynamic shared memory of a block."""
         c, rows = self.case, self.case.row_block
-        slots = _ceil(c.key_dim // (2 * c.key_channels), 4)
-        if c.pairing != "scatter":
-            slots = _ceil(slots, self.key_parts)
-        query_slots = slots
-        orders = self.tuning.order // 2 * self.tuning.shared_orders
-        slots = _ceil(slots, orders) * orders
+        # A part's own slots, but all where a part's channels lie anywhere.
+        query_slots = c.key_slots if c.pairing == "scatter" else _ceil(c.key_slots, self.key_parts)
+        orders = self.tuning.slot_orders
+        slots = _ceil(query_slots, orders) * orders
         exchange = slots * self.offsets * rows * 16 * c.key_channels
         held = 4 // self.select
         buffer = held * (c.value_dim + (16 if held > 1 else 0)) * 4
@@ -270,9 +282,8 @@ def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
         return launch
     if case.key_dim <= 128:
         tuning = _TUNING_PARTS.get((rows, case.key_channels), tuning)
-    slots = _ceil(case.key_dim // (2 * case.key_channels), 4)
+    slots, blocks = case.key_slots, case.value_blocks
     per_table = 8 // case.key_channels
-    blocks = _ceil(case.value_dim // case.value_channels, 64 // case.value_channels)
     for key_parts in range(1, slots + 1):
         if slots % key_parts or (key_parts > 1 and (slots // key_parts) % per_table):
             continue

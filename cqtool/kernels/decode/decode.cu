@@ -248,8 +248,6 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
           channels[k][i] = pair_channels[head * (KEY_DIM / 2) + pair + i];
         }
       }
-    }
-    if constexpr (SCORES) {
       int of = row0 / query_length, token = row0 % query_length;
 #pragma unroll
       for (int row = 0; row < RS; row++) {
@@ -742,7 +740,6 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
               at[0] = __float2half_rn(p0 * gain[g][0]), at[8] = __float2half_rn(p1 * gain[g][1]);
             }
           __syncwarp();
-
         }
       }
     }
