@@ -175,7 +175,7 @@ def compile_variant(variant: Variant, arch: str, root: Path = KERNELS) -> Compil
         name=variant.source,
         arch=arch,
         include_path=[str(path) for path in (source.parent, root, *tools.headers)],
-        define_macro=[(name, str(value)) for name, value in variant.defines],
+        define_macro=[(name, str(value)) for name, value in variant.defines] or None,
         ptxas_options=["-v"],
         max_register_count=dict(variant.defines).get("MAX_REGISTERS"),
         **_keywords(COMPILE_OPTIONS),

@@ -70,15 +70,18 @@ DEVICE void copy_async_wait() {
 }
 
 // Bulk copies by the asynchronous unit, which take no thread's time. `barrier` is eight bytes of
-// shared memory: one thread makes it and starts the copies (their bytes in all given first), and
-// all may wait for it once they have seen a __syncthreads().
+// shared memory that one thread prepares; after a __syncthreads() one thread starts the copies (their
+// bytes in all given first), and all may wait.
 #if __CUDA_ARCH__ >= 900
 DEVICE u32 shared_address(const void* shared) {
   return static_cast<u32>(__cvta_generic_to_shared(shared));
 }
+DEVICE void bulk_prepare(u64* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
+               ::"r"(shared_address(barrier)) : "memory");
+}
 DEVICE void bulk_expect(u64* barrier, u32 bytes) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;\n"
-               "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 DEVICE void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier) {

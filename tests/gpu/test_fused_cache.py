@@ -20,9 +20,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-# Of the logits' norm. In 16 bits the two undo RoPE with other rounding, and a vector near the
-# border between two centroids falls on either side.
-TOLERANCE = {torch.float32: 0.01, torch.float16: 0.04, torch.bfloat16: 0.06}
+# Of the logits' norm, from what the reference finds in float32. In 16 bits a vector near the border
+# between two centroids falls on either side: 0.01 to 0.12 with the reference itself.
+TOLERANCE = 0.01
 NAMES = [
     "wide-llama",
     "wide-llama-80",
@@ -70,12 +70,15 @@ def check(name, dtype, sizes, *, padding=5, **options):
     ids = random_ids(3, sum(sizes)).cuda()
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0
-    _, expected = run(model, format, "reference", ids, sizes, mask)
+    _, reference = run(model, format, "reference", ids, sizes, mask)
     cache, found = run(model, format, "auto", ids, sizes, mask)
     assert cache.implementation == "fused"
     assert torch.isfinite(found).all()
-    error = float((found - expected).norm() / expected.norm())
-    assert error < TOLERANCE[dtype]
+    _, expected = run(model.float(), format, "reference", ids, sizes, mask)
+    error, unavoidable = (
+        float((logits - expected).norm() / expected.norm()) for logits in (found, reference)
+    )
+    assert error < 1.2 * unavoidable + TOLERANCE
     return cache
 
 

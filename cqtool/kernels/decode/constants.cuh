@@ -13,6 +13,8 @@ constexpr float NEVER = -1e30f;
 __host__ __device__ constexpr int imax(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+constexpr bool SCORES = MODE != 2, VALUES = MODE != 1;
+
 // ---- keys -----------------------------------------------------------------------------------
 constexpr int KC = KEY_CHANNELS, KREGS = KC / 2;
 constexpr int KCENT = 1 << KEY_BITS;
@@ -35,6 +37,7 @@ constexpr int TPS = SG * NOFF;
 constexpr bool SAME_ROW_1 = ORD >= 4 || (ORD == 2 && RS == 1);
 constexpr bool SAME_ROW_2 = ORD == 8 || (ORD == 2 && RS <= 2) || (ORD == 4 && RS == 1);
 constexpr int STEPS = imax(1, EVERY / SG);  // between makings of the queries
+constexpr bool CENTRED = SCORES && ROTATE && EVERY >= 16;  // long chains of turned queries
 // Slots of the queries: a part's own, but all where a part's channels lie anywhere.
 constexpr int QSLOTS = PAIRING == 2 ? KSLOTS_ALL : KSLOTS;
 constexpr int QSTEPS = ceil_div(QSLOTS, SWT) * SWT;
@@ -65,7 +68,6 @@ constexpr int VALUE_TILE = 2 * VGROUPS * VALUE_BITS;
 static_assert(NTV * 4 == imax(4, RS * TS), "value columns");
 
 // ---- shared memory --------------------------------------------------------------------------
-constexpr bool SCORES = MODE != 2, VALUES = MODE != 1;
 constexpr int KEY_SMEM = SCORES ? KEY_TABLE : 0;
 constexpr int VALUE_SMEM = VALUES ? VALUE_TABLE * VCOPIES : 0;
 constexpr int EXCHANGE = SCORES ? QSTEPS * COMBOS * 16 * KC : 0;

@@ -65,12 +65,13 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       value_tables + (static_cast<i64>(head) * VBLOCKS_ALL + block0) * (VCENT * 128);
 #if __CUDA_ARCH__ >= 900
   __shared__ __align__(8) u64 tables_here;
+  if (threadIdx.x == 0) bulk_prepare(&tables_here);
+  __syncthreads();
   if (threadIdx.x == 0) {
     bulk_expect(&tables_here, (SCORES ? KEY_TABLE : 0) + (VALUES ? VALUE_TABLE : 0));
     if constexpr (SCORES) bulk_copy(smem, key_source, KEY_TABLE, &tables_here);
     if constexpr (VALUES) bulk_copy(smem + KEY_SMEM, value_source, VALUE_TABLE, &tables_here);
   }
-  __syncthreads();
 #else
   if constexpr (SCORES)
     for (int i = threadIdx.x; i < KEY_TABLE / 16; i += WARPS * 32)
@@ -91,6 +92,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
   int key_word[KSTEPS];
   u32 key_base[KSPB];
   u32 turn_cos[2][QSTEPS][KREGS], turn_sin[2][QSTEPS][KREGS];
+  __shared__ float2 turn_errors[CENTRED ? PP : 1][32][2];
   const int swap = (r >> 1) & (SWT - 1);
   u32 tile_cos[PP][imax(1, NOFF - 1)], tile_sin[PP][imax(1, NOFF - 1)];
   u32 step_cos[QSTEPS][KREGS], step_sin[QSTEPS][KREGS];  // of the next set of B fragments
@@ -174,6 +176,24 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       advance[k][1] = static_cast<u32>((s1 * (16 * NOFF * EVERY) + 0x80000000u) >> 32);
     }
     if constexpr (EVERY == 1) load_tile_turns();
+    // Turning on multiplies by a rounded e^(i angle) time and again, which errs the same way each
+    // time: by how much longer, and further, than it should.
+    if constexpr (CENTRED) {
+      if (warp == 0) {
+#pragma unroll
+        for (int k = 0; k < PP; k++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            int pair = min(2 * (lane + 32 * k), KPAIRS - 2) + query_slot0 * 4 * KC + i;
+            if (pair >= KEY_DIM / 2) pair = 0;
+            const __half* rounded = turns + (head * TURN_ROWS + 15 + NOFF) * KEY_DIM + pair;
+            const float c = __half2float(rounded[0]), s = __half2float(rounded[KEY_DIM / 2]);
+            const u64 exact = steps[head * (KEY_DIM / 2) + pair] * (16 * NOFF);
+            const float2 turn = phase_turn(static_cast<u32>((exact + 0x80000000u) >> 32));
+            turn_errors[k][lane][i] = make_float2(c * turn.x + s * turn.y - 1.f, s * turn.x - c * turn.y);
+          }
+      }
+    }
   }
   auto key_place = [&](int s) { return WHOLE ? key_word[0] + 128 * s : key_word[s]; };
   int value_word[HS] = {};
@@ -410,16 +430,9 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       return scratch + index * scratch_stride;
     };
 
-    // Turning on multiplies by a rounded e^(i angle) time and again, which errs the same way each
-    // time. A long chain starts off by as much as makes its middle right.
-    auto centre_chain = [&](float2 angle, int k, int i, float half) {
-      int pair = min(2 * (lane + 32 * k), KPAIRS - 2) + query_slot0 * 4 * KC + i;
-      if (pair >= KEY_DIM / 2) pair = 0;
-      const __half* rounded = turns + (head * TURN_ROWS + 15 + NOFF) * KEY_DIM + pair;
-      const float c = __half2float(rounded[0]), s = __half2float(rounded[KEY_DIM / 2]);
-      const u64 exact = steps[head * (KEY_DIM / 2) + pair] * (16 * NOFF);
-      const float2 turn = phase_turn(static_cast<u32>((exact + 0x80000000u) >> 32));
-      const float longer = half * (c * turn.x + s * turn.y - 1.f), ahead = half * (s * turn.x - c * turn.y);
+    // A long chain starts off by as much as makes its middle right.
+    auto centre_chain = [&](float2 angle, float2 error, float half) {
+      const float longer = half * error.x, ahead = half * error.y;
       return make_float2((1.f - longer) * (angle.x + ahead * angle.y), (1.f - longer) * (angle.y - ahead * angle.x));
     };
 
@@ -444,10 +457,12 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
           slot = local / (4 * KC), lo_lane = (local / KC) % 4, hi = 0, index = local % KC, apart = 0;
         }
         float2 angle[2];
+        float2 error[2] = {};
+        if constexpr (CENTRED) error[0] = turn_errors[k][lane][0], error[1] = turn_errors[k][lane][1];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           angle[i] = ROTATE ? phase_turn(phase[k][i]) : make_float2(1.f, 0.f);
-          if constexpr (ROTATE && EVERY >= 16) angle[i] = centre_chain(angle[i], k, i, half);
+          if constexpr (CENTRED) angle[i] = centre_chain(angle[i], error[i], half);
           phase[k][i] += advance[k][i];
         }
 #pragma unroll
