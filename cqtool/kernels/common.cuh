@@ -61,21 +61,30 @@ DEVICE void prefetch(const void* global) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
 }
 
+DEVICE u32 shared_address(const void* shared) {
+  return static_cast<u32>(__cvta_generic_to_shared(shared));
+}
+
 DEVICE void copy_async_16(void* shared, const void* global) {
-  u32 address = static_cast<u32>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 DEVICE void copy_async_wait() {
   asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
+}
+
+// Four matrices of 8 x 8, transposed: lane 8 m + k gives the address of row k of matrix m, and lane
+// (r, t) has rows 2t, 2t + 1 of column r. Of memory that does not change: the compiler may reorder it.
+DEVICE void load_matrices(u32 (&x)[4], u32 address) {
+  asm("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+      : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+      : "r"(address));
 }
 
 // Bulk copies by the asynchronous unit, which take no thread's time. `barrier` is eight bytes of
 // shared memory that one thread prepares; after a __syncthreads() one thread starts the copies (their
 // bytes in all given first), and all may wait.
 #if __CUDA_ARCH__ >= 900
-DEVICE u32 shared_address(const void* shared) {
-  return static_cast<u32>(__cvta_generic_to_shared(shared));
-}
 DEVICE void bulk_prepare(u64* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
                ::"r"(shared_address(barrier)) : "memory");

@@ -97,13 +97,13 @@ class Tuning:
 
 # By query rows and channels a key group, on an H100.
 _TUNING = {
-    (1, 8): Tuning(2, 1, 4, 4),
+    (1, 8): Tuning(2, 1, 4, 8),
     (1, 4): Tuning(4, 1, 2, 4),
     (1, 2): Tuning(4, 1, 2, 8),
-    (2, 8): Tuning(2, 1, 2, 4),
+    (2, 8): Tuning(2, 1, 2, 8),
     (2, 4): Tuning(2, 2, 2, 4),
     (2, 2): Tuning(2, 2, 2, 4),
-    (4, 8): Tuning(2, 1, 2, 16),
+    (4, 8): Tuning(2, 1, 2, 8),
     (4, 4): Tuning(2, 2, 2, 8),
     (4, 2): Tuning(2, 2, 1, 8),
     (8, 8): Tuning(2, 1, 1, 1),
@@ -123,13 +123,16 @@ _TUNING_PARTS = {
     (4, 4): Tuning(2, 2, 4, 8),
     (4, 2): Tuning(2, 2, 2, 8),
 }
-# (columns, copies) of the values, best first: what fits into shared memory is taken.
+# (columns, copies) of the values, best first: what fits into shared memory is taken. Entries of 8
+# channels are read as matrices instead where two copies fit; not for eight rows, where twice the
+# products cost what the reads save.
 _SELECTS = {
     1: ((4, 1),),
     2: ((2, 2), (4, 1)),
     4: ((1, 2), (2, 1)),
     8: ((1, 2), (1, 1)),
 }
+_MATRICES = (2, 2, True)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class DecodeLaunch:
         warps: of a block.
         select: columns by which lanes are told apart in the values' products.
         copies: of the values' tables in shared memory.
+        matrices: whether values are read as matrices.
         tuning: what was found by measurement.
     """
 
@@ -154,6 +158,7 @@ class DecodeLaunch:
     warps: int
     select: int
     copies: int
+    matrices: bool
     tuning: Tuning
 
     @property
@@ -196,7 +201,8 @@ class DecodeLaunch:
         slots = _ceil(query_slots, orders) * orders
         exchange = slots * self.offsets * rows * 16 * c.key_channels
         held = 4 // self.select
-        buffer = held * (c.value_dim + (16 if held > 1 else 0)) * 4
+        apart = (8 if self.matrices else 16) if held > 1 else 0
+        buffer = held * (c.value_dim + apart) * 4
         union = max(exchange if scores else 0, buffer if values else 0)
         kept = 4 * (4 if c.dtype == "float32" else 2) if scores and self.tuning.every > 1 else 0
         raw = rows * _ceil(query_slots * 2 * c.key_channels, 32) * 32 * kept
@@ -230,6 +236,7 @@ class DecodeLaunch:
             "KORD": self.tuning.order,
             "VSEL": self.select,
             "VCOPIES": self.copies,
+            "VMATRICES": int(self.matrices),
             "TILES": self.tiles,
             "SHARED_ORDERS": self.tuning.shared_orders,
             "EVERY": self.tuning.every,
@@ -276,10 +283,14 @@ def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
     # Fewer warps with all registers beat more with spills: 12 were 10 % slower on an H100.
     warps = 8
     tuning = _TUNING[rows, case.key_channels]
-    selects = _SELECTS[rows]
-    launch = DecodeLaunch(case, True, 1, 1, warps, *selects[0], tuning)
-    if launch.shared_bytes(True, True) <= limit and case.key_dim <= 192:
-        return launch
+    selects: tuple[tuple[int, int, bool], ...] = tuple((*found, False) for found in _SELECTS[rows])
+    fused = selects[:1]
+    if case.value_channels == 8 and rows <= 4:
+        fused, selects = (_MATRICES, *fused), (_MATRICES, *selects)
+    for select in fused:
+        launch = DecodeLaunch(case, True, 1, 1, warps, *select, tuning)
+        if launch.shared_bytes(True, True) <= limit and case.key_dim <= 192:
+            return launch
     if case.key_dim <= 128:
         tuning = _TUNING_PARTS.get((rows, case.key_channels), tuning)
     slots, blocks = case.key_slots, case.value_blocks
@@ -287,7 +298,7 @@ def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
     for key_parts in range(1, slots + 1):
         if slots % key_parts or (key_parts > 1 and (slots // key_parts) % per_table):
             continue
-        trial = DecodeLaunch(case, False, key_parts, 1, warps, *selects[0], tuning)
+        trial = DecodeLaunch(case, False, key_parts, 1, warps, *selects[-1], tuning)
         if trial.shared_bytes(True, False) <= limit:
             break
     else:
@@ -295,8 +306,8 @@ def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
     for value_parts in range(1, blocks + 1):
         if blocks % value_parts:
             continue
-        for select, copies in selects:
-            trial = DecodeLaunch(case, False, key_parts, value_parts, warps, select, copies, tuning)
+        for select in selects:
+            trial = DecodeLaunch(case, False, key_parts, value_parts, warps, *select, tuning)
             if trial.shared_bytes(False, True) <= limit and case.value_dim // value_parts <= 128:
                 return trial
     return None

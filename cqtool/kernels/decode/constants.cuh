@@ -13,8 +13,6 @@ constexpr float NEVER = -1e30f;
 __host__ __device__ constexpr int imax(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-constexpr bool SCORES = MODE != 2, VALUES = MODE != 1;
-
 // ---- keys -----------------------------------------------------------------------------------
 constexpr int KC = KEY_CHANNELS, KREGS = KC / 2;
 constexpr int KCENT = 1 << KEY_BITS;
@@ -37,7 +35,6 @@ constexpr int TPS = SG * NOFF;
 constexpr bool SAME_ROW_1 = ORD >= 4 || (ORD == 2 && RS == 1);
 constexpr bool SAME_ROW_2 = ORD == 8 || (ORD == 2 && RS <= 2) || (ORD == 4 && RS == 1);
 constexpr int STEPS = imax(1, EVERY / SG);  // between makings of the queries
-constexpr bool CENTRED = SCORES && ROTATE && EVERY >= 16;  // long chains of turned queries
 // Slots of the queries: a part's own, but all where a part's channels lie anywhere.
 constexpr int QSLOTS = PAIRING == 2 ? KSLOTS_ALL : KSLOTS;
 constexpr int QSTEPS = ceil_div(QSLOTS, SWT) * SWT;
@@ -59,20 +56,25 @@ constexpr int VBLOCKS_ALL = ceil_div(VGROUPS, NB);
 constexpr int VBLOCKS = ceil_div(VBLOCKS_ALL, VALUE_PARTS);
 constexpr int QPB = NB / 8;
 constexpr int HS = VBLOCKS * QPB;
-constexpr int MT = VREGS >= 2 ? HS * VREGS / 2 : ceil_div(HS, 2);  // row tiles of 16 channel pairs
+// Entries of 8 channels are read as matrices, where the second copy of the table fits.
+constexpr bool MATRICES = VMATRICES;
+// Row tiles: 16 pairs of channels, or one channel of 8 groups.
+constexpr int MT = MATRICES ? VBLOCKS : VREGS >= 2 ? HS * VREGS / 2 : ceil_div(HS, 2);
 constexpr int TS = VSEL, ST = NB / TS;
 constexpr int NTV = imax(1, RS * TS * 2 / 8);
 constexpr int RPT = 4 / TS;  // rows a column tile of the values holds
 constexpr int VALUE_TABLE = VBLOCKS * VCENT * 128;
 constexpr int VALUE_TILE = 2 * VGROUPS * VALUE_BITS;
 static_assert(NTV * 4 == imax(4, RS * TS), "value columns");
+static_assert(!MATRICES || (VC == 8 && VSEL == 2 && VCOPIES == 2), "a matrix: 4 groups of 2 tokens");
 
 // ---- shared memory --------------------------------------------------------------------------
+constexpr bool SCORES = MODE != 2, VALUES = MODE != 1;
 constexpr int KEY_SMEM = SCORES ? KEY_TABLE : 0;
 constexpr int VALUE_SMEM = VALUES ? VALUE_TABLE * VCOPIES : 0;
 constexpr int EXCHANGE = SCORES ? QSTEPS * COMBOS * 16 * KC : 0;
 constexpr bool PADDED = KUNITS % 4 != 0 || QSTEPS != QSLOTS || KSLOTS * KEY_PARTS != KSLOTS_ALL;
-constexpr int OUT_PITCH = RPT > 1 ? VALUE_DIM + 16 : VALUE_DIM;  // floats; keeps lanes apart
+constexpr int OUT_PITCH = VALUE_DIM + (MATRICES ? 8 : RPT > 1 ? 16 : 0);  // floats; keeps lanes apart
 constexpr int OUT_BUFFER = VALUES ? RPT * OUT_PITCH * 4 : 0;
 constexpr int UNION = imax(EXCHANGE, OUT_BUFFER);
 constexpr int WEIGHTS_PITCH = TPS * 16 + 8;  // halves

@@ -92,7 +92,6 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
   int key_word[KSTEPS];
   u32 key_base[KSPB];
   u32 turn_cos[2][QSTEPS][KREGS], turn_sin[2][QSTEPS][KREGS];
-  __shared__ float2 turn_errors[CENTRED ? PP : 1][32][2];
   const int swap = (r >> 1) & (SWT - 1);
   u32 tile_cos[PP][imax(1, NOFF - 1)], tile_sin[PP][imax(1, NOFF - 1)];
   u32 step_cos[QSTEPS][KREGS], step_sin[QSTEPS][KREGS];  // of the next set of B fragments
@@ -176,24 +175,6 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       advance[k][1] = static_cast<u32>((s1 * (16 * NOFF * EVERY) + 0x80000000u) >> 32);
     }
     if constexpr (EVERY == 1) load_tile_turns();
-    // Turning on multiplies by a rounded e^(i angle) time and again, which errs the same way each
-    // time: by how much longer, and further, than it should.
-    if constexpr (CENTRED) {
-      if (warp == 0) {
-#pragma unroll
-        for (int k = 0; k < PP; k++)
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            int pair = min(2 * (lane + 32 * k), KPAIRS - 2) + query_slot0 * 4 * KC + i;
-            if (pair >= KEY_DIM / 2) pair = 0;
-            const __half* rounded = turns + (head * TURN_ROWS + 15 + NOFF) * KEY_DIM + pair;
-            const float c = __half2float(rounded[0]), s = __half2float(rounded[KEY_DIM / 2]);
-            const u64 exact = steps[head * (KEY_DIM / 2) + pair] * (16 * NOFF);
-            const float2 turn = phase_turn(static_cast<u32>((exact + 0x80000000u) >> 32));
-            turn_errors[k][lane][i] = make_float2(c * turn.x + s * turn.y - 1.f, s * turn.x - c * turn.y);
-          }
-      }
-    }
   }
   auto key_place = [&](int s) { return WHOLE ? key_word[0] + 128 * s : key_word[s]; };
   int value_word[HS] = {};
@@ -202,7 +183,20 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
   };
   u32 value_base[QPB];
   u32 pick0 = 0x4444, pick1 = 0x4444;  // PRMT selectors: a weight into its parity's half, or zero
-  if constexpr (VALUES) {
+  if constexpr (VALUES && MATRICES) {
+    // A lane reads the entries of one group and four tokens, and gives them as rows of a matrix
+    // each. Rows 2x, 2x + 1 of a matrix are two tokens of group x; its eight rows lie in different
+    // banks, odd ones in the second copy. Matrices 1 and 3 are of the block's later groups, 2 and 3
+    // of two further tokens.
+    const int matrix = lane / 8, odd = lane & 1;
+    const int column = (matrix & 1) * 4 + lane % 8 / 2, tokens = (matrix & 2) + odd;
+    value_base[0] = shared_address(smem) + KEY_SMEM + odd * VALUE_TABLE + (column ^ (4 * odd)) * 16;
+#pragma unroll
+    for (int block = 0; block < VBLOCKS; block++) {
+      int group = (block0 + block) * NB + column;
+      value_word[block] = group < VGROUPS ? (group * 4 + tokens) * 4 : 0;
+    }
+  } else if constexpr (VALUES) {
     const int u = t % TS;
 #pragma unroll
     for (int q = 0; q < QPB; q++) {
@@ -233,7 +227,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
     uint4* table = reinterpret_cast<uint4*>(smem + KEY_SMEM);
 #pragma unroll 4
     for (int i = threadIdx.x; i < VALUE_TABLE / 16; i += WARPS * 32)
-      table[VALUE_TABLE / 16 + (i ^ 2)] = table[i];
+      table[VALUE_TABLE / 16 + (i ^ (MATRICES ? 4 : 2))] = table[i];
   }
   __syncthreads();
   // Up to here only constants were read.
@@ -381,7 +375,35 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       __syncwarp();
     }
 
-    auto add_values = [&](int o) {
+    // Matrices: entries are A (channels x groups and tokens), transposed by the load; weights are B,
+    // whose columns 4 i + g are group g (or g + 4) of query row i, zero in other groups' rows.
+    auto add_matrices = [&](int o) {
+      uint4 w[NTV][2];
+#pragma unroll
+      for (int v = 0; v < NTV; v++) {
+        w[v][0] = w[v][1] = make_uint4(0u, 0u, 0u, 0u);
+        const __half* at = weights + min(2 * v + (r >> 2), RS - 1) * WEIGHTS_PITCH + o * 16;
+        if ((r & 3) == t) {
+          w[v][0] = reinterpret_cast<const uint4*>(at)[0];
+          w[v][1] = reinterpret_cast<const uint4*>(at)[1];
+        }
+      }
+#pragma unroll
+      for (int block = 0; block < VBLOCKS; block++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          u32 upper = VALUE_BITS > 8 ? value_upper[o][block] : 0;
+          u32 x[4];
+          load_matrices(x, row_at<VALUE_BITS>(value_base[0] + block * (VCENT * 128), value_codes_now[o][block],
+                                              0x80u << (8 * i), upper, 2 * i));
+#pragma unroll
+          for (int v = 0; v < NTV; v++) {
+            const uint4& two = w[v][i / 2];
+            mma_16816(acc[block][v], x[0], x[1], x[2], x[3], i & 1 ? two.z : two.x, i & 1 ? two.w : two.y);
+          }
+        }
+    };
+    auto add_pairs = [&](int o) {
       u32 w[NTV][4];
 #pragma unroll
       for (int v = 0; v < NTV; v++) {
@@ -423,6 +445,14 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
         }
     };
 
+    auto add_values = [&](int o) {
+      if constexpr (MATRICES) {
+        add_matrices(o);
+      } else {
+        add_pairs(o);
+      }
+    };
+
     // Raw scores lie in scratch [key parts, batch, kv_heads, rows, columns].
     auto raw_scores = [&](int key_part, int j) {
       int row = row0 + (my_combo + j * (8 / ORD)) % RS;
@@ -430,19 +460,11 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       return scratch + index * scratch_stride;
     };
 
-    // A long chain starts off by as much as makes its middle right.
-    auto centre_chain = [&](float2 angle, float2 error, float half) {
-      const float longer = half * error.x, ahead = half * error.y;
-      return make_float2((1.f - longer) * (angle.x + ahead * angle.y), (1.f - longer) * (angle.y - ahead * angle.x));
-    };
-
     // The queries turned to the middles of the next NOFF tiles, as B fragments: made by the whole
     // warp through shared memory (a lane turns a few channel pairs of all rows, and reads all
     // channels of one column) ...
     Entry query_x[NTK][QSTEPS], query_y[NTK][QSTEPS];
     auto make_queries = [&](int tile) {
-      // Half of the turns to come; a chain ends with the warp's tiles.
-      const float half = 0.5f * max(0, min(EVERY, ceil_div(tile1 - tile, NOFF)) - 1);
       if constexpr (EVERY > 1) load_tile_turns();
       __syncwarp();
 #pragma unroll
@@ -457,12 +479,9 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
           slot = local / (4 * KC), lo_lane = (local / KC) % 4, hi = 0, index = local % KC, apart = 0;
         }
         float2 angle[2];
-        float2 error[2] = {};
-        if constexpr (CENTRED) error[0] = turn_errors[k][lane][0], error[1] = turn_errors[k][lane][1];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           angle[i] = ROTATE ? phase_turn(phase[k][i]) : make_float2(1.f, 0.f);
-          if constexpr (CENTRED) angle[i] = centre_chain(angle[i], error[i], half);
           phase[k][i] += advance[k][i];
         }
 #pragma unroll
@@ -751,7 +770,9 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
               float p0 = exp2_fast(z[g][j][0] - peak[j]), p1 = exp2_fast(z[g][j][1] - peak[j]);
               sum[j] += p0 + p1;
               int row = (my_combo + j * (8 / ORD)) % RS;
-              __half* at = weights + row * WEIGHTS_PITCH + (g * NOFF + my_off) * 16 + r;
+              // Tokens 2s, 2s + 1, 2s + 8, 2s + 9 are those of one code word: at s, s + 4, ... for matrices.
+              const int place = MATRICES ? 4 * (r & 1) + (r >> 1) : r;
+              __half* at = weights + row * WEIGHTS_PITCH + (g * NOFF + my_off) * 16 + place;
               at[0] = __float2half_rn(p0 * gain[g][0]), at[8] = __float2half_rn(p1 * gain[g][1]);
             }
           __syncwarp();
@@ -782,35 +803,48 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 #pragma unroll
       for (int v = 0; v < NTV; v++) {
         team_sync();
+        if constexpr (MATRICES) {
+          // Columns 2t, 2t + 1 are two groups, of query row t / 2; rows r and r + 8 channel r of a
+          // group and of the fourth after it.
 #pragma unroll
-        for (int u = 0; u < TS; u++) {
-          if (t % TS == u) {
-            int row = ((2 * t) / (2 * TS)) % RPT;
+          for (int block = 0; block < VBLOCKS; block++)
 #pragma unroll
-            for (int hs = 0; hs < HS; hs++) {
-              int column = (r + 8 * (hs % QPB) + ST * u) & (NB - 1);
-              int group = (hs / QPB) * NB + column;
-              if ((block0 * NB + group) < VGROUPS) {
-                float* at = buffer + row * OUT_PITCH + group * VC;
-                if constexpr (VREGS == 1) {
-                  const float* x = acc[hs / 2][v] + (hs & 1) * 2;
-                  float2* two = reinterpret_cast<float2*>(at);
-                  float2 had = u == 0 ? make_float2(0.f, 0.f) : *two;
-                  *two = make_float2(had.x + x[0], had.y + x[1]);
-                } else {
-                  // A product's four results are the channels of two registers of an entry.
+            for (int e = 0; e < 4; e++) {
+              int group = block * NB + (e / 2) * 4 + (2 * t) % 4 + e % 2;
+              if (block0 * NB + group < VGROUPS)
+                buffer[(t / 2) * OUT_PITCH + group * VC + r] = acc[block][v][e];
+            }
+        } else {
 #pragma unroll
-                  for (int i = 0; i < VREGS / 2; i++) {
-                    const float* x = acc[hs * (VREGS / 2) + i][v];
-                    float4* four = reinterpret_cast<float4*>(at) + i;
-                    float4 had = u == 0 ? make_float4(0.f, 0.f, 0.f, 0.f) : *four;
-                    *four = make_float4(had.x + x[0], had.y + x[1], had.z + x[2], had.w + x[3]);
+          for (int u = 0; u < TS; u++) {
+            if (t % TS == u) {
+              int row = ((2 * t) / (2 * TS)) % RPT;
+#pragma unroll
+              for (int hs = 0; hs < HS; hs++) {
+                int column = (r + 8 * (hs % QPB) + ST * u) & (NB - 1);
+                int group = (hs / QPB) * NB + column;
+                if ((block0 * NB + group) < VGROUPS) {
+                  float* at = buffer + row * OUT_PITCH + group * VC;
+                  if constexpr (VREGS == 1) {
+                    const float* x = acc[hs / 2][v] + (hs & 1) * 2;
+                    float2* two = reinterpret_cast<float2*>(at);
+                    float2 had = u == 0 ? make_float2(0.f, 0.f) : *two;
+                    *two = make_float2(had.x + x[0], had.y + x[1]);
+                  } else {
+                    // A product's four results are the channels of two registers of an entry.
+#pragma unroll
+                    for (int i = 0; i < VREGS / 2; i++) {
+                      const float* x = acc[hs * (VREGS / 2) + i][v];
+                      float4* four = reinterpret_cast<float4*>(at) + i;
+                      float4 had = u == 0 ? make_float4(0.f, 0.f, 0.f, 0.f) : *four;
+                      *four = make_float4(had.x + x[0], had.y + x[1], had.z + x[2], had.w + x[3]);
+                    }
                   }
                 }
               }
             }
+            __syncwarp();
           }
-          __syncwarp();
         }
         team_sync();
         auto found = [&](int w) {
