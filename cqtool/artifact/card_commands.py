@@ -17,6 +17,7 @@ def check_command(content: CardContent, quality: QualityReport, own: QualityRow)
     rivals = [row for row in quality.rows[1:] if row is not own]
     names = [f"{row.name}:{row.objective}" if row.objective else row.name for row in rivals]
     fitted = any(row.objective for row in rivals)
+    generation = quality.generation
     return _command(
         f"cqtool check {content.model_argument} artifact",
         *_text_options(quality.evaluation),
@@ -27,6 +28,8 @@ def check_command(content: CardContent, quality: QualityReport, own: QualityRow)
         ("--mode", quality.mode),
         ("--dtype", quality.dtype),
         ("--compare", ",".join(dict.fromkeys(names)) or None),
+        ("--generation", ",".join(generation.tasks) if generation else None),
+        ("--items", generation.items if generation else None),
         # Other coupled formats are fitted to the samples that a calibration keeps.
         ("--samples", "calibration" if fitted else None),
     )
@@ -48,6 +51,17 @@ def calibrate_command(content: CardContent) -> str:
         ("--iterations", iterations),
         ("--window", config.cache.window),
         ("--sinks", config.cache.sinks),
+    )
+
+
+def tune_command(content: CardContent) -> str:
+    """The `cqtool tune` that goes on from :func:`calibrate_command`."""
+    tuning = content.config.recipe.get("tuning")
+    names = ("steps", "learning_rate", "batch", "sequences", "sequence_length", "held_out")
+    settings = {name: tuning.get(name) for name in names} if isinstance(tuning, dict) else {}
+    return _command(
+        f"cqtool tune {content.model_argument} calibration --out tuned",
+        *((f"--{name.replace('_', '-')}", value) for name, value in settings.items()),
     )
 
 

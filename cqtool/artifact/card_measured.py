@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from cqtool.artifact.card_commands import check_command
 from cqtool.artifact.card_content import CardContent
 from cqtool.artifact.markdown import dataset, number, plain, table
-from cqtool.artifact.measured import QualityRow
+from cqtool.artifact.measured import Generation, QualityRow
 
 
 def quality_section(content: CardContent) -> Iterator[str]:
@@ -30,6 +30,12 @@ def quality_section(content: CardContent) -> Iterator[str]:
         ["Cache", "Bits per channel", "Perplexity", "Increase", "KL, nats per token", "Same top-1"],
         [_quality_cells(row, first=index == 0) for index, row in enumerate(quality.rows)],
     )
+    if quality.generation is not None:
+        yield (
+            f"In text generated greedily, {quality.generation.items} built-in items of each task, "
+            "and in brackets the difference to the unquantized cache on the same items:"
+        )
+        yield _generation_table(quality.generation)
     if quality.gates:
         yield "\n".join(
             f"- {plain(gate.name)}: {number(gate.value)}, limit {number(gate.limit)}: "
@@ -70,6 +76,22 @@ def memory_section(content: CardContent) -> Iterator[str]:
         f"{number(config.code_bytes_per_token)} bytes of codes for its "
         f"{config.geometry.channels_per_token} channels in {len(config.geometry.layers)} layers. "
         f"The codebooks themselves take {content.codebook_bytes} bytes, once."
+    )
+
+
+def _generation_table(generation: Generation) -> str:
+    """A line for every measure, a column for every cache."""
+    caches = list(dict.fromkeys(score.format for score in generation.scores))
+    lines: dict[str, dict[str, str]] = {}
+    for score in generation.scores:
+        name = ", ".join(part for part in (score.task, score.measure, score.group) if part)
+        cell = _with_error(score.score, score.score_se, ".3g")
+        if score.format != caches[0]:
+            cell += f" ({_with_error(score.difference, score.difference_se, '+.3g', '.3g')})"
+        lines.setdefault(name, {})[score.format] = cell
+    return table(
+        ["Task, measure", *caches],
+        [[name, *(cells.get(cache, "–") for cache in caches)] for name, cells in lines.items()],
     )
 
 

@@ -65,8 +65,42 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """A format's mean over the items of a task in generated text, or of a `group` of them.
+
+    Attributes:
+        format: label of the format's row.
+        measure: ``exact`` and ``words`` are shares of what is right; ``tokens`` counts those before
+            the first that differs from full precision, ``equal`` is the share of texts without one.
+        difference: to the unquantized cache on the same items.
+    """
+
+    format: str
+    task: str
+    measure: str
+    group: str | None
+    items: int
+    score: float
+    score_se: float | None
+    difference: float
+    difference_se: float | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was measured on generated text: `items` items of each of the tasks."""
+
+    tasks: tuple[str, ...]
+    items: int
+    scores: tuple[TaskScore, ...]
+
+
+@dataclass(frozen=True)
 class QualityReport:
-    """``quality.json``, checked; `evaluation` describes the text that was used."""
+    """``quality.json``, checked; `evaluation` describes the text that was used.
+
+    `generation` is None where no tasks were asked for, or the report is older than they are.
+    """
 
     model: str
     evaluation: Mapping[str, Any]
@@ -78,6 +112,7 @@ class QualityReport:
     versions: Mapping[str, Any]
     rows: tuple[QualityRow, ...]
     gates: tuple[Gate, ...]
+    generation: Generation | None
 
     def row_of(self, name: str, objective: str) -> QualityRow | None:
         """The row of the format `name` fitted to `objective`, if it was measured."""
@@ -122,7 +157,28 @@ def read_quality(folder: Path) -> QualityReport | None:
             )
             for gate in root.children("gates", empty=True)
         ),
+        generation=_generation(root) if root.values.get("generation") is not None else None,
     )
+
+
+def _generation(root: Fields) -> Generation:
+    section = root.child("generation")
+    scores = tuple(
+        TaskScore(
+            format=score.string("format"),
+            task=score.string("task"),
+            measure=score.string("measure"),
+            group=score.optional_string("group"),
+            items=score.integer("items", minimum=1),
+            score=score.number("score"),
+            score_se=score.optional_number("score_se"),
+            difference=score.number("difference"),
+            difference_se=score.optional_number("difference_se"),
+        )
+        for score in section.children("scores")
+    )
+    tasks = tuple(dict.fromkeys(score.task for score in scores))
+    return Generation(tasks, section.integer("items", minimum=1), scores)
 
 
 def _row(row: Fields) -> QualityRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "cqtool check demo calibration --compare cq-4c8b,int4 --max-ppl-increase 3% --max-kl 0.05",
+    "cqtool check demo calibration --generation passkey,copy --items 10",
 )
 GATE_MISSED = 3
 """Exit code: everything ran, but the quality is not there."""
@@ -30,6 +32,7 @@ COLUMNS = [
     "bytes/token",
     "ratio",
 ]
+GENERATION_COLUMNS = ["task", "measure", "format", "items", "score", "difference"]
 
 
 def check(
@@ -90,6 +93,19 @@ def check(
             show_default=False,
         ),
     ] = None,
+    generation: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--generation",
+            metavar="TASK",
+            help="Also answer built-in tasks over the cache: passkey, multi-key, copy, arithmetic, "
+            "divergence, or all. Repeat the option, or separate with commas.",
+            show_default=False,
+        ),
+    ] = None,
+    items: Annotated[
+        int, typer.Option("--items", min=1, help="Items of each task; 20 are minutes on a CPU.")
+    ] = 20,
     window: options.WindowOption = None,
     sinks: options.SinksOption = None,
     samples: options.SamplesOption = None,
@@ -129,7 +145,7 @@ def check(
         text_revision=text.revision,
         windows=text.windows,
         window_length=text.window_length,
-        compare=tuple(name for item in compare or () for name in item.split(",") if name),
+        compare=_names(compare),
         mode=mode,
         gates=quality.Gates(
             max_ppl_increase=gates.max_ppl_increase, max_kl=gates.max_kl, min_top1=gates.min_top1
@@ -137,6 +153,8 @@ def check(
         samples=samples,
         window=window,
         sinks=sinks,
+        generation=_names(generation),
+        items=items,
     )
     opened = open_model(
         model,
@@ -155,10 +173,21 @@ def check(
         f"First {checked['sinks']} and last {checked['window']} tokens in full precision; "
         f"{text['windows']} x {text['window_length']} tokens; ± standard error over windows."
     )
+    if report["generation"] is not None:
+        sink.table(GENERATION_COLUMNS, generation_rows(report["generation"]["scores"]))
+        sink.text(
+            "Greedy answers over the cache; ± standard error over items; the difference is to full "
+            "precision on the same items."
+        )
     for path in files.values():
         sink.text(path)
     if not _print_gates(sink, report["gates"]):
         raise typer.Exit(GATE_MISSED)
+
+
+def _names(values: list[str] | None) -> tuple[str, ...]:
+    """What a repeated option with commas names."""
+    return tuple(name for value in values or () for name in value.split(",") if name)
 
 
 def _draw(calibration: Path, report: quality.QualityReport) -> dict[str, str]:
@@ -191,6 +220,24 @@ def table_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
             _ratio(row),
         ]
         for row in rows
+    ]
+
+
+def generation_rows(scores: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The cells of :data:`GENERATION_COLUMNS`: the formats under each other for every measure."""
+    measures = dict.fromkeys((one["task"], one["measure"], one["group"]) for one in scores)
+    return [
+        [
+            one["task"],
+            f"{one['measure']}, {one['group']}" if one["group"] else one["measure"],
+            one["format"],
+            str(one["items"]),
+            _measured(one, "score", "{:.3g}"),
+            _measured(one, "difference", "{:.3g}"),
+        ]
+        for measure in measures
+        for one in scores
+        if (one["task"], one["measure"], one["group"]) == measure
     ]
 
 

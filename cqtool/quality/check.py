@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cqtool.cache import CacheFormat, CQCodec, LayerCodecs
 from cqtool.cache.loading import load_format
-from cqtool.codebooks.calibrate import engine_for, fit_codebooks, library_versions
+from cqtool.codebooks.calibrate import fit_codebooks, library_versions
+from cqtool.codebooks.engines import make_engine
 from cqtool.codebooks.fit import check_enough_samples, check_fits_geometry
 from cqtool.data import load_windows, overlap, resolve_source
 from cqtool.errors import ArtifactError, RecipeError
@@ -27,9 +28,11 @@ from cqtool.quality.measure import (
 )
 from cqtool.quality.report import Gates, QualityReport, Row, judge, summarise
 from cqtool.quality.simulate import require_simulation
+from cqtool.quality.tasks import run_tasks, task_items
 from cqtool.recipe import Recipe, recipe_from, recipe_of
 from cqtool.sampling import SampleStore
 from cqtool.schemes import make_format
+from cqtool.spec import KINDS
 
 _SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -52,6 +55,8 @@ class CheckSettings:
         samples: sample store for coupled formats to compare; None is the calibration's own.
         window: replaces the calibration's window.
         sinks: replaces the calibration's sinks.
+        generation: tasks to answer besides, see :mod:`cqtool.quality.items`; ``all`` for all.
+        items: how many of each task.
     """
 
     dataset: str = "auto"
@@ -67,6 +72,8 @@ class CheckSettings:
     samples: Path | None = None
     window: int | None = None
     sinks: int | None = None
+    generation: tuple[str, ...] = ()
+    items: int = 20
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ def check(
         DataError: the text is missing or too short.
     """
     model = opened.model
+    items = task_items(opened, settings.generation, settings.items)
     candidates = _candidates(opened, calibration, settings, progress)
     kept = candidates[0].format.window
     if kept >= settings.window_length:
@@ -138,6 +146,8 @@ def check(
     rows = [_full_row(opened, full, sizes[0][1] / length)]
     for candidate, found, (stored, whole) in zip(candidates, figures, sizes, strict=True):
         rows.append(_row(opened, candidate, full, found, stored / length, whole / length))
+    caches = [(rows[0].label, None), *((one.label, one.format) for one in candidates)]
+    generation = run_tasks(opened, items, caches, progress) if items else None
     report = QualityReport(
         model=opened.base_id,
         evaluation={
@@ -152,6 +162,7 @@ def check(
         versions=library_versions(),
         rows=tuple(rows),
         gates=judge(rows[1], settings.gates),
+        generation=generation,
     )
     path = report_path(calibration, report)
     if path is not None:
@@ -224,12 +235,13 @@ def _fitted(
         )
     check_fits_geometry(other.spec, checked.geometry)
     check_enough_samples(other.spec, store.tokens)
-    engine = engine_for(other, opened.model.device.type, store.tokens)
+    engine = make_engine(other.kmeans, opened.model.device.type)
     fits = fit_codebooks(
         store, checked.geometry, other, engine, store.path / "fits", progress=progress
     )
     layers = tuple(
-        LayerCodecs(CQCodec(fit.codebooks["key"]), CQCodec(fit.codebooks["value"])) for fit in fits
+        LayerCodecs(*(CQCodec(fit.codebooks[kind], fit.channels[kind]) for kind in KINDS))
+        for fit in fits
     )
     format = CacheFormat(other.spec.name, checked.geometry, layers, 0, 0)
     return _Candidate(f"{other.spec.name} {objective}", objective, format)

@@ -81,6 +81,50 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Score:
+    """One format's mean over the items of a task. Standard errors are over items.
+
+    Attributes:
+        format: the label of the format's row.
+        task: ``passkey``, ``multi-key``, ``copy``, ``arithmetic`` or ``divergence``.
+        measure: ``exact`` for the share of right answers, ``words`` for that of right words,
+            ``tokens`` for the tokens before the first that differs from full precision, ``equal``
+            for the share of continuations without such a token.
+        group: the part of the task, such as ``1024 tokens``; None for all of it.
+        items: how many.
+        score: the mean.
+        difference: to full precision, paired: the items are the same.
+    """
+
+    format: str
+    task: str
+    measure: str
+    group: str | None
+    items: int
+    score: float
+    score_se: float | None
+    difference: float
+    difference_se: float | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Scores of generated text: all tasks of the first format, then of the next.
+
+    Attributes:
+        tasks: the tasks' names.
+        items: items of each.
+        seed: that they were made from.
+        scores: one for each format, task, measure and group.
+    """
+
+    tasks: tuple[str, ...]
+    items: int
+    seed: int
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
 class QualityReport:
     """All rows of one check; the first is full precision, the second the checked calibration."""
 
@@ -92,6 +136,7 @@ class QualityReport:
     versions: dict[str, str]
     rows: tuple[Row, ...]
     gates: tuple[GateResult, ...]
+    generation: Generation | None = None
 
     @property
     def passed(self) -> bool:
@@ -125,6 +170,17 @@ def summarise(full: WindowFigures, figures: WindowFigures) -> dict[str, float | 
         "kl_se": standard_error(figures.kl),
         "top1": fmean(figures.top1),
         "top1_se": standard_error(figures.top1),
+    }
+
+
+def compare_items(full: list[float], found: list[float]) -> dict[str, float | None]:
+    """The statistical columns of a score, from the outcomes of the same items."""
+    difference = [b - a for a, b in zip(full, found, strict=True)]
+    return {
+        "score": fmean(found),
+        "score_se": standard_error(found),
+        "difference": fmean(difference),
+        "difference_se": standard_error(difference),
     }
 
 

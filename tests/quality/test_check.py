@@ -180,3 +180,23 @@ def test_a_path_that_is_no_artifact_is_refused(opened, tmp_path):
     ):
         with pytest.raises(ArtifactError, match=words):
             CQCache.from_pretrained(path, opened.model)
+
+
+def test_a_format_to_compare_has_groups_as_the_calibration(opened, tiny_text_file, tmp_path):
+    overrides = {
+        "calibration.dataset": str(tiny_text_file),
+        "calibration.split": "train",
+        "calibration.sequences": 8,
+        "calibration.sequence_length": 64,
+        "kmeans.iterations": 10,
+        "format": "cq-4c4b",
+        "grouping": "pairs",
+        "window": 8,
+    }
+    out = tmp_path / "cal"
+    calibrate(opened, load_recipe("cq-8c8b", overrides), out)
+    again = settings(tiny_text_file, compare=("cq-4c4b:fisher",))
+    _, own, fitted = check(opened, out, again).rows
+    assert own.kl == fitted.kl > 0
+    with pytest.raises(RecipeError, match="an even number of channels"):
+        check(opened, out, settings(tiny_text_file, compare=("cq-1c4b",)))

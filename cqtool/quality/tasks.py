@@ -1,0 +1,169 @@
+"""What a cache format costs in generated text: the built-in tasks, answered greedily.
+
+Teacher forcing hides how errors add up: each token there follows the right ones. Here every format
+answers the same items, and full precision does too, so that differences are paired by item.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from cqtool.cache import CacheFormat, CQCache
+from cqtool.errors import RecipeError
+from cqtool.models.load import OpenedModel
+from cqtool.progress import SILENT, Progress
+from cqtool.quality.items import TASKS, Item, demo_prose, make_items
+from cqtool.quality.report import Generation, Score, compare_items
+
+SEED = 0
+"""The items are the same in every check, so that reports can be compared."""
+
+
+def task_items(opened: OpenedModel, names: Sequence[str], count: int) -> list[Item]:
+    """The first `count` items of each task in `names`, of all tasks for ``all``.
+
+    Raises:
+        RecipeError: a name is unknown.
+        DataError: the demo text is not installed, or the model's context is too short for a task.
+    """
+    for name in names:
+        if name not in (*TASKS, "all"):
+            raise RecipeError(
+                f"--generation: there is no task '{name}'; choose among {', '.join(TASKS)}, or all."
+            )
+    if not names:
+        return []
+    tasks = TASKS if "all" in names else dict.fromkeys(names)
+    prose, tokenizer = demo_prose(), opened.tokenizer
+    limit = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None)
+    return [
+        item
+        for task in tasks
+        for item in make_items(task, tokenizer, prose, count=count, limit=limit, seed=SEED)
+    ]
+
+
+def run_tasks(
+    opened: OpenedModel,
+    items: Sequence[Item],
+    formats: Sequence[tuple[str, CacheFormat | None]],
+    progress: Progress = SILENT,
+) -> Generation:
+    """Answer `items` over a cache of each format.
+
+    Args:
+        opened: the model and its tokenizer.
+        items: as :func:`task_items` returns them, the same number for each task.
+        formats: labels and formats, on the model's device; None is full precision, which comes
+            first.
+        progress: where to report to.
+    """
+    outcomes: list[list[dict[str, float]]] = [[] for _ in formats]
+    with progress.task("generation", total=len(items) * len(formats)) as bar:
+        for item in items:
+            reference: list[int] = []
+            for (_, format), found in zip(formats, outcomes, strict=True):
+                new = continuation(opened.model, item, format)
+                reference = reference or new
+                text = str(opened.tokenizer.decode(new))
+                found.append(outcome(item, text, new, reference))
+                bar.advance()
+    scores = [
+        score
+        for (label, _), found in zip(formats, outcomes, strict=True)
+        for score in summarise_items(label, items, outcomes[0], found)
+    ]
+    tasks = tuple(dict.fromkeys(item.task for item in items))
+    return Generation(tasks, len(items) // len(tasks), SEED, tuple(scores))
+
+
+def continuation(model: PreTrainedModel, item: Item, format: CacheFormat | None) -> list[int]:
+    """The most likely tokens, one after the other: `item.new_tokens` ids.
+
+    Nothing but the cache may make two formats differ, and `generate` takes penalties and tokens to
+    stop at from the model's own configuration; so this is the plain loop.
+    """
+    cache: Cache = DynamicCache(config=model.config) if format is None else CQCache(format, model)
+    new: list[int] = []
+    with torch.no_grad():
+        context = torch.tensor([item.context], device=model.device)
+        model(input_ids=context, past_key_values=cache, use_cache=True, **_last_only(model))
+        ids = torch.tensor([item.question], device=model.device)
+        while len(new) < item.new_tokens:
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            ids = logits[:, -1:].argmax(dim=-1)
+            new.append(int(ids))
+    return new
+
+
+def _last_only(model: PreTrainedModel) -> dict[str, int]:
+    """What keeps a model from computing logits for a whole context, where it can be told."""
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if known else {}
+
+
+def outcome(item: Item, text: str, new: list[int], reference: list[int]) -> dict[str, float]:
+    """The measures of one answer.
+
+    Args:
+        item: the question.
+        text: the answer as text.
+        new: the same as token ids.
+        reference: the token ids of full precision.
+    """
+    if not item.answer:
+        pairs = zip(new, reference, strict=True)
+        agreeing = next((at for at, (a, b) in enumerate(pairs) if a != b), len(new))
+        return {"tokens": float(agreeing), "equal": float(agreeing == len(new))}
+    text = text.lstrip()
+    end = len(item.answer)
+    # 48213 is not answered by 482139.
+    exact = text.startswith(item.answer) and not text[end : end + 1].isalnum()
+    measures = {"exact": float(exact)}
+    if item.task == "copy":
+        words = item.answer.split()
+        right = sum(a == b for a, b in zip(text.split(), words, strict=False))
+        measures["words"] = right / len(words)
+    return measures
+
+
+def summarise_items(
+    label: str,
+    items: Sequence[Item],
+    full: Sequence[dict[str, float]],
+    found: Sequence[dict[str, float]],
+) -> list[Score]:
+    """The scores of one format, each task as a whole and then in its groups.
+
+    Args:
+        label: of the format.
+        items: of all tasks.
+        full: full precision's measures of each item.
+        found: the format's.
+    """
+    parts: dict[tuple[str, str, str | None], list[int]] = {}
+    for task in dict.fromkeys(item.task for item in items):
+        own = [number for number, item in enumerate(items) if item.task == task]
+        for group in dict.fromkeys((None, *(items[number].group for number in own))):
+            members = [number for number in own if group in (None, items[number].group)]
+            for measure in found[own[0]]:
+                parts[task, measure, group] = members
+    return [
+        Score(
+            format=label,
+            task=task,
+            measure=measure,
+            group=group,
+            items=len(members),
+            **compare_items(  # type: ignore[arg-type]
+                [full[number][measure] for number in members],
+                [found[number][measure] for number in members],
+            ),
+        )
+        for (task, measure, group), members in parts.items()
+    ]
