@@ -56,6 +56,29 @@ def teacher_forced_logits(model: PreTrainedModel, format: CacheFormat, ids: Tens
     Returns:
         ``[tokens, vocabulary]`` in the model's dtype.
     """
+    batch = ids.unsqueeze(0).to(model.device)
+    with torch.no_grad(), simulated_cache(model, format, ids.shape[0]) as cache:
+        logits = model(input_ids=batch, past_key_values=cache, use_cache=True).logits[0]
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+@contextmanager
+def simulated_cache(
+    model: PreTrainedModel, format: CacheFormat, tokens: int
+) -> Iterator[ObservingCache]:
+    """A cache for one pass over whole sequences, with which every position sees what decoding
+    up to there would see.
+
+    The pass belongs into the block, and a backward pass that computes activations again too.
+    Gradients reach what the codecs' `decode` depends on, and through the keys and values that stay
+    in full precision what came before.
+
+    Args:
+        model: the model.
+        format: on the model's device.
+        tokens: of each sequence.
+    """
     tap = AttentionTap.of(model)
     if not tap.attention:
         # It is the attention modules whose masks are edited; the probe finds them.
@@ -70,15 +93,8 @@ def teacher_forced_logits(model: PreTrainedModel, format: CacheFormat, ids: Tens
             return decoded_keys, decoded_values
         return torch.cat((decoded_keys, keys), dim=2), torch.cat((decoded_values, values), dim=2)
 
-    with torch.no_grad(), _doubled_masks(tap, format.window, ids.shape[0], model.device):
-        output = model(
-            input_ids=ids.unsqueeze(0).to(model.device),
-            past_key_values=ObservingCache(on_update),
-            use_cache=True,
-        )
-    logits = output.logits[0]
-    assert isinstance(logits, Tensor)
-    return logits
+    with _doubled_masks(tap, format.window, tokens, model.device):
+        yield ObservingCache(on_update)
 
 
 def require_simulation(model: PreTrainedModel, format: CacheFormat, ids: Tensor) -> None:

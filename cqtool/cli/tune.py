@@ -1,0 +1,176 @@
+"""`cqtool tune`: train a calibration's codebooks end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cqtool.cli import options
+from cqtool.cli.output import Output
+from cqtool.errors import ArtifactError
+from cqtool.layout.config import CALIBRATION_NAME, MAX_JSON_BYTES, REMEDY
+from cqtool.strictjson import read_object
+
+EXAMPLES = (
+    "cqtool tune Qwen/Qwen3-0.6B calibration --out tuned",
+    "cqtool tune demo calibration --out tuned --steps 100 --sequence-length 512 --resume",
+)
+
+
+def tune(
+    model: options.ModelArgument,
+    calibration: options.CalibrationArgument,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Calibration folder to write.")
+    ] = Path("tuned"),
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Training steps.", show_default=False)
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--learning-rate",
+            help="Largest step of a centroid, of its codebook's spread.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Sequences a step.", show_default=False)
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--micro-batch", min=1, help="Sequences at once in memory.", show_default=False
+        ),
+    ] = None,
+    sequences: Annotated[
+        int | None,
+        typer.Option("--sequences", min=1, help="Training sequences.", show_default=False),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option("--sequence-length", min=2, help="Tokens in each.", show_default=False),
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            "--held-out", min=1, help="Further sequences, to stop by.", show_default=False
+        ),
+    ] = None,
+    evaluate_every: Annotated[
+        int | None,
+        typer.Option(
+            "--evaluate-every",
+            min=1,
+            help="Steps between looks at the held-out text.",
+            show_default=False,
+        ),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Keep less for the backward pass and compute it again: less memory, more time.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: options.SeedOption = None,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
+    revision: options.RevisionOption = None,
+    trust_remote_code: options.TrustRemoteCodeFlag = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that was stopped, from --out.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the calibration that stands at --out.")
+    ] = False,
+    json: options.JsonFlag = False,
+    quiet: options.QuietFlag = False,
+) -> None:
+    """Train the codebooks so that the model's predictions over the cache change least.
+
+    Starts from a calibration and writes another one, of the same format and size. The model itself
+    stays as it is. Settings come from the recipe's `tuning`, where an option does not replace them;
+    the text is the calibration's.
+    """
+    sink = Output(json=json, quiet=quiet)
+    if resume and force:
+        raise typer.BadParameter("--resume continues and --force replaces: give one of them.")
+    from cqtool.recipe import Tuning, recipe_of
+
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "batch": batch,
+        "micro_batch": micro_batch,
+        "sequences": sequences,
+        "sequence_length": sequence_length,
+        "held_out": held_out,
+        "evaluate_every": evaluate_every,
+        "gradient_checkpointing": gradient_checkpointing,
+        "seed": seed,
+    }
+    made_with = recipe_of(calibration)
+    defaults = (made_with.tuning or Tuning()).model_dump(mode="json")
+    given = {name: value for name, value in settings.items() if value is not None}
+    recipe = recipe_of(calibration, {"tuning": defaults | given})
+    _refuse_overwriting(out, calibration, resume=resume, force=force)
+
+    from cqtool.models.load import open_model
+    from cqtool.tuning import tune as train
+
+    opened = open_model(
+        model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        progress=sink.progress(),
+    )
+    try:
+        result = train(
+            opened, calibration, recipe, out, resume=resume, force=force, progress=sink.progress()
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "What is finished stays; run the same command with --resume to continue."
+        ) from None
+    looks, best = result.history.held_out, result.history.best
+    sink.result(
+        {
+            "calibration": str(out),
+            "format": recipe.spec.name,
+            "steps": result.history.step,
+            "held_out_kl_before": looks[0],
+            "held_out_kl": looks[best],
+            "seconds": result.seconds,
+        }
+    )
+    sink.text(
+        f"{recipe.spec.name}: held-out KL {looks[0]:.4f} before, {looks[best]:.4f} after "
+        f"{result.history.step} steps ({result.seconds:.0f} s)\n{out}"
+    )
+
+
+def _refuse_overwriting(out: Path, calibration: Path, *, resume: bool, force: bool) -> None:
+    """Refuse before the work what would lose something after it."""
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file; choose another folder with --out.")
+    if out.resolve() == calibration.resolve():
+        raise ArtifactError("--out is the calibration itself; choose another folder.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / CALIBRATION_NAME).is_file():
+        raise ArtifactError(f"{out} holds other files; choose a new folder with --out.")
+    if "tuning" not in read_object(out / CALIBRATION_NAME, REMEDY, limit=MAX_JSON_BYTES):
+        raise ArtifactError(
+            f"{out} holds a calibration that was not tuned; choose another folder with --out."
+        )
+    if not (resume or force):
+        raise ArtifactError(
+            f"{out} holds a finished tuning; add --force to replace it, or choose another folder "
+            "with --out."
+        )

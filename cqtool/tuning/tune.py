@@ -1,0 +1,187 @@
+"""The whole of a tuning run: load a calibration, train its codebooks, write another calibration.
+
+As in :mod:`cqtool.codebooks.calibrate`, work in progress lies in ``<out>.partial``, and `out` only
+ever holds a complete calibration.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from cqtool.cache.codec import CQCodec
+from cqtool.cache.format import CacheFormat
+from cqtool.cache.loading import load_format
+from cqtool.codebooks.calibrate import exclusive, library_versions, partial_folder
+from cqtool.data import load_windows, resolve_source
+from cqtool.errors import ArtifactError
+from cqtool.files import atomic_dir, atomic_file, digest_json, sha256_file, write_json
+from cqtool.layout.config import (
+    CALIBRATION_NAME,
+    CODEBOOKS_NAME,
+    CONFIG_NAME,
+    MAX_JSON_BYTES,
+    REMEDY,
+    codebook_name,
+)
+from cqtool.models.load import OpenedModel
+from cqtool.progress import SILENT, Progress
+from cqtool.quality.simulate import require_simulation
+from cqtool.recipe import Recipe, Tuning
+from cqtool.spec import KINDS
+from cqtool.strictjson import read_object
+from cqtool.tuning.trainer import History, Trainer
+
+_STATE_NAME = "tuning.safetensors"
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What a tuning run left behind.
+
+    Attributes:
+        path: the calibration folder.
+        history: losses and held-out figures.
+        seconds: of this run only.
+    """
+
+    path: Path
+    history: History
+    seconds: float
+
+
+def tune(
+    opened: OpenedModel,
+    calibration: Path,
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> TuningResult:
+    """Tune the codebooks of `calibration` end to end into the calibration folder `out`.
+
+    Only text of the recipe's calibration data is read, never its evaluation text.
+
+    Args:
+        opened: the model and its tokenizer.
+        calibration: what `cqtool calibrate` wrote.
+        recipe: the calibration's, with its `tuning` set.
+        out: the folder to write; replaced only when the new one is complete.
+        resume: continue an interrupted run.
+        force: throw an interrupted run away, and replace a finished one.
+        progress: where to report.
+
+    Raises:
+        ArtifactError: the calibration is damaged or of another model, or something is in the way.
+        DataError: the text is missing or too short.
+        ModelError: the model cannot be simulated in one pass.
+        SampleError: the loss is not finite.
+        EnvironmentProblem: out of memory or disk.
+    """
+    settings = recipe.tuning
+    assert settings is not None
+    started = time.perf_counter()
+    partial = partial_folder(out)
+    with exclusive(out):
+        if partial.exists() and not (resume or force):
+            raise ArtifactError(
+                f"{partial} holds a tuning that was interrupted; continue it with --resume, or "
+                "start over with --force."
+            )
+        format = load_format(calibration, opened.model).to(opened.model.device)
+        windows = _windows(opened, recipe, settings)
+        require_simulation(opened.model, format, windows.ids[0])
+        trainer = Trainer(
+            opened.model,
+            format,
+            settings,
+            windows.ids[: settings.sequences],
+            windows.ids[settings.sequences :],
+        )
+        identity = digest_json(
+            {
+                "codebooks": sha256_file(calibration / CODEBOOKS_NAME),
+                "recipe": recipe.digest,
+                "text": windows.digest,
+                "dtype": str(opened.model.dtype),
+            }
+        )
+        state = partial / _STATE_NAME
+        if resume and state.is_file() and not trainer.load(state, identity):
+            raise ArtifactError(
+                f"{partial} holds an interrupted tuning of another calibration or with other "
+                "settings; start over with --force."
+            )
+        history = _train(trainer, state, identity, progress)
+        record = {
+            "settings": settings.model_dump(mode="json"),
+            "data": {**windows.source, "digest": windows.digest},
+            "held_out_kl": history.held_out,
+            "training_kl": history.losses,
+            "kept": history.best,
+            "steps": history.step,
+            "device": str(opened.model.device),
+            "dtype": str(opened.model.dtype).removeprefix("torch."),
+            "versions": library_versions(),
+        }
+        _write(calibration, out, trainer.best_format(), recipe, record)
+        shutil.rmtree(partial, ignore_errors=True)
+    return TuningResult(out, history, time.perf_counter() - started)
+
+
+def _windows(opened: OpenedModel, recipe: Recipe, settings: Tuning) -> Any:
+    text = recipe.calibration
+    source = resolve_source(
+        text.dataset,
+        text.split,
+        model=opened.name,
+        role="calibration",
+        config=text.config,
+        column=text.column,
+        revision=text.revision,
+    )
+    return load_windows(
+        source,
+        opened.tokenizer,
+        sequences=settings.sequences + settings.held_out,
+        length=settings.sequence_length,
+        seed=settings.seed,
+        order="random",
+    )
+
+
+def _train(trainer: Trainer, state: Path, identity: str, progress: Progress) -> History:
+    history, steps = trainer.history, trainer.settings.steps
+    with progress.task("tuning steps", total=steps, done=history.step) as task:
+        while not trainer.finished:
+            task.advance(trainer.run_until_next_look())
+            history = trainer.history
+            trainer.save(state, identity)
+            progress.note(f"step {history.step}: held-out KL {history.held_out[-1]:.4f}")
+    return history
+
+
+def _write(
+    calibration: Path, out: Path, tuned: CacheFormat, recipe: Recipe, record: dict[str, Any]
+) -> None:
+    tensors = load_file(calibration / CODEBOOKS_NAME)
+    for index, layer in enumerate(tuned.layers):
+        for kind in KINDS:
+            codec = layer.key if kind == "key" else layer.value
+            assert isinstance(codec, CQCodec)
+            tensors[codebook_name(index, kind)] = codec.codebook.contiguous().cpu()
+    config = read_object(calibration / CONFIG_NAME, REMEDY, limit=MAX_JSON_BYTES)
+    fitted = read_object(calibration / CALIBRATION_NAME, REMEDY, limit=MAX_JSON_BYTES)
+    with atomic_dir(out) as folder:
+        with atomic_file(folder / CODEBOOKS_NAME) as temporary:
+            save_file(tensors, temporary)
+        config |= {"recipe": recipe.model_dump(mode="json"), "tuned": True}
+        write_json(folder / CONFIG_NAME, config)
+        write_json(folder / CALIBRATION_NAME, {**fitted, "tuning": record})
