@@ -7,6 +7,7 @@ judged (evaluation text, gates). The shipped ones lie in the folder `recipes`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,7 +27,7 @@ from cqtool.errors import RecipeError
 from cqtool.files import digest_json
 from cqtool.layout.config import CONFIG_NAME, read_config
 from cqtool.recipe_errors import explain
-from cqtool.spec import CacheSpec, CQSpec
+from cqtool.spec import CacheSpec, CQSpec, Grouping
 from cqtool.yaml_lines import Lines, read_yaml
 
 
@@ -73,10 +74,31 @@ class Format(_Part):
         return self.key if self.key == self.value else {"key": self.key, "value": self.value}
 
 
-class KMeans(_Part):
-    """How centroids are fitted."""
+class Groups(_Part):
+    """Which channels form groups; a single name stands for keys and values.
 
-    engine: Literal["auto", "faiss"] = "auto"
+    `pairs` alone is that of keys, and `correlation` for values, which nothing turns.
+    """
+
+    key: Grouping = "contiguous"
+    value: Literal["contiguous", "correlation"] = "contiguous"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return {"key": value, "value": "contiguous" if value == "contiguous" else "correlation"}
+
+    @model_serializer
+    def _to_name(self) -> str | dict[str, str]:
+        return self.key if self.key == self.value else {"key": self.key, "value": self.value}
+
+
+class KMeans(_Part):
+    """How centroids are fitted; the engine auto is batched on a CUDA GPU and faiss elsewhere."""
+
+    engine: Literal["auto", "faiss", "batched"] = "auto"
     iterations: int = Field(default=100, ge=1)
     init: Literal["kmeans++", "random"] = "kmeans++"
 
@@ -106,6 +128,28 @@ class EvaluationText(Text):
     window_length: int = Field(default=2048, ge=2)
 
 
+class Tuning(_Part):
+    """End-to-end tuning of the fitted codebooks (`cqtool tune`), on the calibration's text.
+
+    Steps take `batch` of the `sequences` each, `micro_batch` at a time; `held_out` further ones say
+    every `evaluate_every` steps whether it still helps, and the best codebooks so far are kept.
+    After `patience` such looks without a gain, tuning ends. The step size rises over the first
+    tenth of the steps and falls along a cosine; it is relative to a codebook's spread.
+    """
+
+    steps: int = Field(default=600, ge=1)
+    learning_rate: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    batch: int = Field(default=8, ge=1)
+    micro_batch: int = Field(default=8, ge=1)
+    sequences: int = Field(default=256, ge=1)
+    sequence_length: int = Field(default=1024, ge=2)
+    held_out: int = Field(default=8, ge=1)
+    evaluate_every: int = Field(default=50, ge=1)
+    patience: int = Field(default=4, ge=1)
+    gradient_checkpointing: bool = False
+    seed: int = Field(default=0, ge=0)
+
+
 class GateLimits(_Part):
     """Limits that `cqtool check` holds a calibration to; None is no limit."""
 
@@ -120,10 +164,12 @@ class Recipe(_Part):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
     description: str = ""
     format: Format
+    grouping: Groups = Groups()
     window: int = Field(default=128, ge=0)
     sinks: int = Field(default=4, ge=0)
     objective: Literal["uniform", "fisher"] = "fisher"
     kmeans: KMeans = KMeans()
+    tuning: Tuning | None = None
     calibration: CalibrationText = CalibrationText()
     evaluation: EvaluationText = EvaluationText()
     gates: GateLimits = GateLimits()
@@ -131,14 +177,21 @@ class Recipe(_Part):
     @property
     def spec(self) -> CacheSpec:
         """The cache format that this recipe makes."""
-        key, value = CQSpec.parse(self.format.key), CQSpec.parse(self.format.value)
+        key = replace(CQSpec.parse(self.format.key), grouping=self.grouping.key)
+        value = replace(CQSpec.parse(self.format.value), grouping=self.grouping.value)
         return CacheSpec(key=key, value=value, window=self.window, sinks=self.sinks)
 
     @property
     def digest(self) -> str:
         """SHA-256 over the fields that decide a calibration: all but its name, its description and
         how it is judged."""
-        return digest_json(self._decisive())
+        decisive = self._decisive()
+        # As it was before there was a choice.
+        if self.grouping == Groups():
+            del decisive["grouping"]
+        if self.tuning is None:
+            del decisive["tuning"]
+        return digest_json(decisive)
 
     def differences(self, other: Self) -> list[str]:
         """Names of the decisive fields in which two recipes differ, such as `window`."""

@@ -19,6 +19,17 @@ KINDS: tuple[Kind, Kind] = ("key", "value")
 MAX_BITS = 16
 """Codes are held in at most 16 bits, so that they fit an int16/uint16 anywhere."""
 
+Grouping = Literal["contiguous", "correlation", "pairs"]
+"""Which channels of a head form a group: neighbours; those that correlate; or, for keys, whole RoPE
+pairs that correlate."""
+
+GROUPED_CHANNELS: dict[Grouping, str] = {
+    "contiguous": "neighbouring channels",
+    "correlation": "correlated channels",
+    "pairs": "channels in correlated RoPE pairs",
+}
+"""What a group consists of, for people."""
+
 _CQ_NAME = re.compile(r"^cq-(\d{1,3})c(\d{1,2})b$")
 
 
@@ -27,12 +38,14 @@ class CQSpec:
     """A coupled-quantization code: `channels` channels share one of `2**bits` centroids.
 
     Attributes:
-        channels: how many contiguous channels of a head form a group (c in the paper).
+        channels: how many channels of a head form a group (c in the paper).
         bits: bits of a code (b in the paper).
+        grouping: which channels these are; the paper takes contiguous ones.
     """
 
     channels: int
     bits: int
+    grouping: Grouping = "contiguous"
 
     def __post_init__(self) -> None:
         if self.channels < 1 or not 1 <= self.bits <= MAX_BITS:
@@ -91,11 +104,13 @@ class CacheSpec:
     def __post_init__(self) -> None:
         if self.window < 0 or self.sinks < 0:
             raise RecipeError("window and sinks count tokens: use 0 or more.")
+        if self.value.grouping == "pairs":
+            raise RecipeError("Nothing turns values, so they have no pairs; use 'correlation'.")
 
     @property
     def name(self) -> str:
         """``cq-8c8b``, or ``k-cq-4c8b-v-cq-8c8b`` when keys and values differ."""
-        if self.key == self.value:
+        if self.key.name == self.value.name:
             return self.key.name
         return f"k-{self.key.name}-v-{self.value.name}"
 

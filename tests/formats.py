@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import DynamicCache
 from zoo import random_ids
 
 from cqtool.cache import CacheFormat, CQCodec, LayerCodecs
+from cqtool.codebooks.grouping import rope_pairs
 from cqtool.models.probe import read_geometry
 from cqtool.models.rotation import unrotate
 from cqtool.models.tap import AttentionTap
@@ -65,6 +68,43 @@ def kernel_format(model, *, key=(8, 8), value=(8, 8), window=0, sinks=0) -> Cach
         for k, v in zip(parts[0].layers, parts[1].layers, strict=True)
     )
     return CacheFormat("kernel", parts[0].geometry, layers, window, sinks)
+
+
+def regrouped(format: CacheFormat, keys="random", seed=0) -> CacheFormat:
+    """The same codebooks for other channels, each head with an order of its own.
+
+    Args:
+        format: of coupled codes.
+        keys: ``random``; ``pairs`` for groups of whole RoPE pairs; ``mixed`` for the first head
+            contiguous and the others random; ``shuffled`` for contiguous groups in any order.
+            Values are always ``random``.
+        seed: of the orders.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def orders(codec):
+        heads, groups, _, channels = codec.codebook.shape
+        dim = groups * channels
+        return torch.stack([torch.randperm(dim, generator=generator) for _ in range(heads)])
+
+    layers = []
+    for codecs, layer in zip(format.layers, format.geometry.layers, strict=True):
+        order = orders(codecs.key)
+        if keys == "mixed":
+            order[0] = torch.arange(order.shape[1])
+        elif keys == "shuffled":
+            groups = torch.arange(layer.key_dim).view(codecs.key.codebook.shape[1::2])
+            order = torch.stack(
+                [groups[torch.randperm(len(groups), generator=generator)].flatten() for _ in order]
+            )
+        elif keys == "pairs":
+            pairs = rope_pairs(layer.rotation, layer.key_dim)
+            order = torch.stack(
+                [pairs[torch.randperm(len(pairs), generator=generator)].flatten() for _ in order]
+            )
+        key = CQCodec(codecs.key.codebook, order)
+        layers.append(LayerCodecs(key, CQCodec(codecs.value.codebook, orders(codecs.value))))
+    return replace(format, layers=tuple(layers))
 
 
 def exact_format(recorded: RecordingCache, *, window=0, sinks=0) -> CacheFormat:

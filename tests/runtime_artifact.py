@@ -33,8 +33,11 @@ def tiny_model() -> LlamaForCausalLM:
         ).eval()
 
 
-def write_tiny_calibration(folder: Path, model: LlamaForCausalLM) -> Path:
-    """A calibration of `model` in cq-8c8b with random codebooks, window 4 and 2 sinks."""
+def write_tiny_calibration(folder: Path, model: LlamaForCausalLM, *, grouped: bool = False) -> Path:
+    """A calibration of `model` in cq-8c8b with random codebooks, window 4 and 2 sinks.
+
+    With `grouped`, keys and values are coded in groups of random channels.
+    """
     from cqtool.models.fingerprint import fingerprint
     from cqtool.models.probe import read_geometry
 
@@ -42,7 +45,7 @@ def write_tiny_calibration(folder: Path, model: LlamaForCausalLM) -> Path:
     value: dict[str, Any] = config()
     value["base_model"]["fingerprint"] = fingerprint(model)
     value["geometry"] = read_geometry(model).to_json()
-    code = {"channels": 8, "bits": 8}
+    code = {"channels": 8, "bits": 8, "grouping": "correlation" if grouped else "contiguous"}
     value["cache"] = {"key": code, "value": code, "window": 4, "sinks": 2}
     (folder / "cq_config.json").write_text(json.dumps(value))
     generator = torch.Generator().manual_seed(0)
@@ -51,6 +54,12 @@ def write_tiny_calibration(folder: Path, model: LlamaForCausalLM) -> Path:
         for layer in range(2)
         for kind in ("key", "value")
     }
+    if grouped:
+        codebooks |= {
+            f"layers.{layer}.{kind}.channels": torch.randperm(64, generator=generator)[None].short()
+            for layer in range(2)
+            for kind in ("key", "value")
+        }
     save_file(codebooks, folder / "codebooks.safetensors")
     return folder
 

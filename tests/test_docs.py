@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from cqtool.cache import CQCodec
 from cqtool.codebooks import codes
 from cqtool.quality import CheckSettings, check
 from cqtool.recipe import load_recipe
@@ -61,7 +62,8 @@ def test_the_documented_reader_reads_an_artifact(here, monkeypatch):
     names = run("artifact-format.md", {})
     config, tensors = names["open_artifact"](here / "artifact")
     own = load_file(here / "artifact" / "codebooks.safetensors")
-    assert config["cache"]["key"] == {"channels": 4, "bits": 8} and tensors.keys() == own.keys()
+    key = {"channels": 4, "bits": 8, "grouping": "contiguous"}
+    assert config["cache"]["key"] == key and tensors.keys() == own.keys()
     generator = torch.Generator().manual_seed(0)
     for codebook in own.values():
         heads, groups, centroids, channels = codebook.shape
@@ -72,6 +74,14 @@ def test_the_documented_reader_reads_an_artifact(here, monkeypatch):
         assert centroids == 256
         decoded = names["decode"](found, codebook.float().numpy())
         assert (decoded == codes.lookup(expected, codebook)[0].float().numpy()).all()
+        dim = groups * channels
+        order = torch.stack([torch.randperm(dim, generator=generator) for _ in range(heads)])
+        codec = CQCodec(codebook, order)
+        stored, order = codec.encode(vectors), order.short().numpy()
+        found = names["encode"](vectors[0].numpy(), codebook.float().numpy(), order)
+        assert (found == stored["codes"][0].numpy()).all()
+        decoded = names["decode"](found, codebook.float().numpy(), order)
+        assert (decoded == codec.decode(stored)[0].numpy()).all()
 
 
 @pytest.mark.parametrize("bits", [1, 3, 6, 8, 10])

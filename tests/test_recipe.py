@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cqtool.errors import RecipeError
+from cqtool.files import digest_json
 from cqtool.recipe import Recipe, load_recipe, recipe_folder, recipe_names, text_overrides
 from cqtool.spec import CacheSpec, CQSpec
 
@@ -192,6 +193,7 @@ def test_the_digest_follows_what_decides_a_calibration_and_nothing_else() -> Non
         "format": "cq-4c8b",
         "window": 64,
         "sinks": 0,
+        "grouping": "pairs",
         "objective": "uniform",
         "kmeans.iterations": 7,
         "calibration.seed": 1,
@@ -204,3 +206,47 @@ def test_the_digest_follows_what_decides_a_calibration_and_nothing_else() -> Non
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_recipe("demo").window = 0  # type: ignore[misc]
+
+
+def test_groups_are_chosen_for_both_kinds_or_for_each(tmp_path: Path) -> None:
+    for line, groups in (
+        ("", ("contiguous", "contiguous")),
+        ("grouping: correlation\n", ("correlation", "correlation")),
+        ("grouping: pairs\n", ("pairs", "correlation")),
+        ("grouping: {key: pairs}\n", ("pairs", "contiguous")),
+        ("grouping: {value: correlation}\n", ("contiguous", "correlation")),
+    ):
+        recipe = load_recipe(write(tmp_path, MINIMAL + line))
+        assert (recipe.spec.key.grouping, recipe.spec.value.grouping) == groups
+        assert recipe.spec.name == "cq-4c8b"
+        again = Recipe.model_validate(recipe.model_dump(mode="json"))
+        assert again == recipe and again.digest == recipe.digest
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("grouping: correlated", "'correlated' is not possible for 'grouping'. Did you mean "),
+        ("grouping: {value: pairs}", "'grouping.value'. Allowed: contiguous, correlation."),
+        ("grouping: {keys: pairs}", "unknown key 'grouping.keys'. Did you mean 'key'?"),
+    ],
+)
+def test_a_wrong_grouping_is_one_sentence(tmp_path: Path, line: str, says: str) -> None:
+    message = refusal(tmp_path, MINIMAL + line + "\n")
+    assert says in message and "mine.yaml:3: " in message
+    assert "\n" not in message
+
+
+def test_a_recipe_from_before_there_were_groupings_keeps_its_digest() -> None:
+    plain = load_recipe("demo")
+    fields = plain.model_dump(mode="json")
+    for judged in ("name", "description", "evaluation", "gates", "grouping"):
+        del fields[judged]
+    # A later field that is not set may be left out as well.
+    assert plain.digest in (
+        digest_json(fields),
+        digest_json({name: value for name, value in fields.items() if value is not None}),
+    )
+    grouped = load_recipe("demo", {"grouping": "correlation"})
+    assert grouped.digest != plain.digest
+    assert grouped.differences(plain) == plain.differences(grouped) == ["grouping"]

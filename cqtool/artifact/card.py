@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from cqtool.artifact.card_commands import calibrate_command
+from cqtool.artifact.card_commands import calibrate_command, tune_command
 from cqtool.artifact.card_content import LOCAL_MODEL, CardContent
 from cqtool.artifact.card_measured import memory_section, quality_section
 from cqtool.artifact.card_runtime import runtime_limit, runtime_section
@@ -19,6 +19,7 @@ from cqtool.artifact.markdown import dataset, number, plain
 from cqtool.artifact.names import is_hub_id, public_name
 from cqtool.errors import ArtifactError
 from cqtool.layout.config import CQConfig
+from cqtool.spec import GROUPED_CHANNELS
 
 _TAGS = ["kv-cache", "kv-cache-quantization", "coupled-quantization", "quantization"]
 
@@ -100,8 +101,8 @@ def _introduction(config: CQConfig) -> Iterator[str]:
         "model's weights stay as they are, and are loaded from their own repository."
     )
     parts = [
-        f"{name}: groups of {code.channels} neighbouring channels of a head share one of "
-        f"{code.centroids} learned centroids, a code of {code.bits} bits "
+        f"{name}: groups of {code.channels} {GROUPED_CHANNELS[code.grouping]} of a head share one "
+        f"of {code.centroids} learned centroids, a code of {code.bits} bits "
         f"({number(code.bits_per_channel)} per channel)"
         for name, code in (("keys", config.cache.key), ("values", config.cache.value))
     ]
@@ -149,9 +150,10 @@ def _limits(content: CardContent) -> Iterator[str]:
             "quantized before: figures are not those of the published checkpoint."
         )
     if quality is not None:
+        tasks = "downstream tasks" if quality.generation is None else "other tasks"
         limits.append(
             f"Quality was measured on the text above, in windows of {quality.window_length} "
-            "tokens; other domains, longer contexts and downstream tasks were not."
+            f"tokens; other domains, longer contexts and {tasks} were not."
         )
     yield "\n".join(f"- {limit}" for limit in limits)
 
@@ -165,8 +167,14 @@ def _calibration(content: CardContent) -> Iterator[str]:
         f"seed {data.seed}; {made}objective `{plain(config.objective)}`, cqtool "
         f"{plain(config.tool_version)}. SHA-256 of the token ids: `{plain(data.digest)}`."
     )
+    if config.tuned:
+        yield (
+            "The fitted codebooks were then tuned end to end, on further sequences of this text; "
+            "`calibration.json` has the settings and the figures."
+        )
     yield "This fits them again:"
-    yield f"```bash\n{calibrate_command(content)}\n```"
+    tuning = f"\n{tune_command(content)}" if config.tuned else ""
+    yield f"```bash\n{calibrate_command(content)}{tuning}\n```"
 
 
 def _pictures(reports: tuple[str, ...]) -> Iterator[str]:

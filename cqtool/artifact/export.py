@@ -18,7 +18,7 @@ from cqtool.artifact.runtime import DATA_ONLY, RuntimeChoice, build_runtime
 from cqtool.artifact.runtime_kernels import CompiledKernels
 from cqtool.errors import ArtifactError
 from cqtool.files import atomic_dir
-from cqtool.layout.codebook_file import check_codebooks
+from cqtool.layout.codebook_file import check_codebooks, read_channels
 from cqtool.layout.config import (
     CALIBRATION_NAME,
     CODEBOOKS_NAME,
@@ -97,7 +97,8 @@ def export(
     package: dict[str, bytes] = {}
     kernels = None
     if runtime.package:
-        package, kernels = build_runtime(config, runtime.architectures, progress)
+        channels = read_channels(calibration, config)
+        package, kernels = build_runtime(config, runtime.architectures, channels, progress)
         kernels = replace(kernels, note=kernels.note or runtime.note)
     card = render_card(CardContent(config, quality, codebook_bytes, reports, repo_id, kernels))
     with atomic_dir(out) as folder:

@@ -17,6 +17,7 @@ from typing import Any
 
 import cqtool
 from cqtool.artifact.runtime_kernels import (
+    NO_CHANNELS,
     CompiledKernels,
     compile_kernels,
     known_architectures,
@@ -24,6 +25,7 @@ from cqtool.artifact.runtime_kernels import (
 from cqtool.artifact.runtime_modules import runtime_modules
 from cqtool.errors import KernelError, RecipeError
 from cqtool.kernels.variants import ARCHITECTURES, KERNELS
+from cqtool.layout.codebook_file import Channels
 from cqtool.layout.config import CQConfig
 from cqtool.progress import SILENT, Progress
 
@@ -89,13 +91,17 @@ def choose_runtime(kernels: bool | None, architectures: Sequence[str] | None) ->
 
 
 def build_runtime(
-    config: CQConfig, architectures: Sequence[str], progress: Progress = SILENT
+    config: CQConfig,
+    architectures: Sequence[str],
+    channels: Channels = NO_CHANNELS,
+    progress: Progress = SILENT,
 ) -> tuple[dict[str, bytes], CompiledKernels]:
     """Make the package.
 
     Args:
         config: of the artifact; decides which kernels are compiled.
         architectures: what they are compiled for; none for a package with sources only.
+        channels: of the artifact's groups, see :func:`artifact_variants`.
         progress: is told of each kernel.
 
     Returns:
@@ -106,7 +112,7 @@ def build_runtime(
     """
     compiled = CompiledKernels({})
     if architectures:
-        compiled = compile_kernels(config, architectures, progress)
+        compiled = compile_kernels(config, architectures, channels, progress)
     files = {path: text.encode() for path, text in runtime_modules().items()}
     for source in (path for path in KERNELS.rglob("*") if path.suffix in (".cu", ".cuh")):
         files[f"kernels/{source.relative_to(KERNELS).as_posix()}"] = source.read_bytes()

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from cqtool.geometry import LayerGeometry
+from cqtool.geometry import KeyRotation, LayerGeometry
 from cqtool.kernels import cubins
 from cqtool.kernels.build import compile_variant, toolchain
-from cqtool.kernels.decode.config import DecodeCase, choose
+from cqtool.kernels.decode.config import DecodeCase, Pairing, choose
 from cqtool.kernels.encode.config import EncodeCase, encode_variant
 from cqtool.kernels.variants import KERNELS, OLDEST, Variant, read_sources
-from cqtool.layout.config import CQConfig
+from cqtool.layout.codebook_file import Channels
+from cqtool.layout.config import CQConfig, channels_name
 from cqtool.progress import SILENT, Progress
-from cqtool.spec import KINDS, Kind
+from cqtool.spec import KINDS, CQSpec
+
+if TYPE_CHECKING:
+    from cqtool.kernels.layout import KeyPlan
+
+_Heads = tuple[tuple[int, ...], ...]
+NO_CHANNELS: Channels = MappingProxyType({})
+"""Those of an artifact whose groups are all contiguous."""
 
 MAX_QUERY_TOKENS = 8
 """Speculative decoding asks about up to this many tokens at once; more is a prefill."""
@@ -50,7 +62,9 @@ class CompiledKernels:
     note: str | None = None
 
 
-def artifact_variants(config: CQConfig, arch: str) -> list[Variant]:
+def artifact_variants(
+    config: CQConfig, arch: str, channels: Channels = NO_CHANNELS
+) -> list[Variant]:
     """The variants that a cache of an artifact asks for on one architecture, each once.
 
     Those for float16 and bfloat16, 1 to 8 query tokens and contiguous storage, without a mask
@@ -60,16 +74,26 @@ def artifact_variants(config: CQConfig, arch: str) -> list[Variant]:
     Args:
         config: the artifact's configuration.
         arch: such as ``sm_90``.
+        channels: of its groups, which decide how RoPE's pairs are found and what can be loaded
+            together; see :func:`cqtool.layout.codebook_file.read_channels`.
 
     Returns:
         The variants, sorted; none where the kernels take no such format (see :func:`unsupported`).
     """
     found: set[Variant] = set()
     softcap = config.base_model.fingerprint.get("model_type") in _SOFT_CAPPED
-    for layer in dict.fromkeys(config.geometry.layers):
-        if _layer_unsupported(config, layer) is None:
-            found |= set(_decode_variants(config, layer, _capability(arch), softcap))
-            found |= set(_encode_variants(config, layer))
+    layouts = (
+        _layout(
+            layer,
+            config.cache.key,
+            *(channels.get(channels_name(index, kind)) for kind in KINDS),
+        )
+        for index, layer in enumerate(config.geometry.layers)
+        if _layer_unsupported(config, layer) is None
+    )
+    for layout in dict.fromkeys(layouts):
+        found |= set(_decode_variants(config, layout, _capability(arch), softcap))
+        found |= set(_encode_variants(config, layout))
     return sorted(found, key=lambda variant: (variant.source, variant.defines))
 
 
@@ -91,16 +115,74 @@ def _layer_unsupported(config: CQConfig, layer: LayerGeometry) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What decides a layer's kernels.
+
+    Attributes:
+        layer: its shapes.
+        pairing: of its key plans.
+        slow: what :func:`cqtool.kernels.layout.turns_slowly` can say of them.
+        neighbours: whether the channels of a vector can be loaded in twos, see Encoder; of keys
+            and of values.
+    """
+
+    layer: LayerGeometry
+    pairing: Pairing
+    slow: tuple[bool, ...]
+    neighbours: tuple[bool, bool]
+
+
+@lru_cache(maxsize=256)
+def _layout(
+    layer: LayerGeometry, key: CQSpec, key_channels: _Heads | None, value_channels: _Heads | None
+) -> _Layout:
+    import torch
+
+    from cqtool.kernels.decode.tables import key_plans
+    from cqtool.kernels.encode.tables import has_neighbours, key_maps, value_maps
+    from cqtool.kernels.layout import CodeFormat
+
+    # Every layer of a model can have channels of its own, hence the cache for all architectures.
+    key_order, value_order = (
+        None if rows is None else torch.tensor(rows) for rows in (key_channels, value_channels)
+    )
+    format = CodeFormat(layer.key_dim, key.channels, key.bits)
+    plans = key_plans(format, layer.rotation, key_order, layer.kv_heads)
+    values = value_maps(layer.value_dim, layer.kv_heads, value_order)
+    return _Layout(
+        # Where the angles come from makes no difference.
+        replace(layer, rotation=replace(layer.rotation, source=None)),
+        plans[0].pairing,
+        _slow(plans, layer.rotation),
+        (has_neighbours(key_maps(plans, layer.rotation)), has_neighbours(values)),
+    )
+
+
+def _slow(plans: Sequence[KeyPlan], rotation: KeyRotation) -> tuple[bool, ...]:
+    """Answers of `turns_slowly` for RoPE bases of 10000 and more, up to 10 ** 8."""
+    import torch
+
+    from cqtool.kernels.layout import turns_slowly
+
+    if rotation.style == "none":
+        return (False,)
+    exponents = torch.arange(0, rotation.dim, 2, dtype=torch.float64) / rotation.dim
+    # A larger base turns all pairs more slowly, so that the ends say what lies between.
+    answers = {
+        all(turns_slowly(base**-exponents, plan) for plan in set(plans)) for base in (1e4, 1e8)
+    }
+    return tuple(sorted(answers))
+
+
 def _decode_variants(
-    config: CQConfig, layer: LayerGeometry, capability: int, softcap: bool
+    config: CQConfig, layout: _Layout, capability: int, softcap: bool
 ) -> Iterator[Variant]:
     from cqtool.kernels.decode.op import variants
-    from cqtool.kernels.layout import CodeFormat, plan_keys
 
-    key, value = config.cache.key, config.cache.value
-    plan = plan_keys(CodeFormat(layer.key_dim, key.channels, key.bits), layer.rotation)
+    key, value, layer = config.cache.key, config.cache.value, layout.layer
     heads = config.geometry.query_heads // layer.kv_heads
-    for dtype in DTYPES:
+    for dtype, slow in itertools.product(DTYPES, layout.slow):
         for tokens in range(1, MAX_QUERY_TOKENS + 1):
             case = DecodeCase(
                 key_dim=layer.key_dim,
@@ -110,10 +192,9 @@ def _decode_variants(
                 value_channels=value.channels,
                 value_bits=value.bits,
                 rows=heads * tokens,
-                pairing=plan.pairing,
+                pairing=layout.pairing,
                 rotate=layer.rotation.style != "none",
-                # As of any base of 10000 and more.
-                slow=layer.rotation.style != "none",
+                slow=slow,
                 dtype=dtype,
                 softcap=softcap,
             )
@@ -123,10 +204,10 @@ def _decode_variants(
                 yield Variant("decode/finish.cu", launch.finish_defines())
 
 
-def _encode_variants(config: CQConfig, layer: LayerGeometry) -> Iterator[Variant]:
-    for kind in KINDS:
+def _encode_variants(config: CQConfig, layout: _Layout) -> Iterator[Variant]:
+    layer = layout.layer
+    for kind, vector in zip(KINDS, layout.neighbours, strict=True):
         code, is_key = config.cache.code(kind), kind == "key"
-        vector = _has_neighbours(config, layer, kind)
         for dtype in DTYPES:
             for flat, tiles in _ENCODE_SHAPES:
                 yield encode_variant(
@@ -143,18 +224,6 @@ def _encode_variants(config: CQConfig, layer: LayerGeometry) -> Iterator[Variant
                         unrotate=is_key and layer.rotation.style != "none",
                     )
                 )
-
-
-def _has_neighbours(config: CQConfig, layer: LayerGeometry, kind: Kind) -> bool:
-    """Whether the channels of a vector can be loaded in twos; see Encoder."""
-    from cqtool.kernels.encode.tables import has_neighbours, key_maps
-    from cqtool.kernels.layout import CodeFormat, plan_keys
-
-    if kind == "value":
-        return True
-    key = config.cache.key
-    plan = plan_keys(CodeFormat(layer.key_dim, key.channels, key.bits), layer.rotation)
-    return has_neighbours(key_maps([plan], layer.rotation))
 
 
 def known_architectures() -> tuple[str, ...]:
@@ -174,7 +243,10 @@ def _capability(arch: str) -> int:
 
 
 def compile_kernels(
-    config: CQConfig, architectures: Sequence[str], progress: Progress = SILENT
+    config: CQConfig,
+    architectures: Sequence[str],
+    channels: Channels = NO_CHANNELS,
+    progress: Progress = SILENT,
 ) -> CompiledKernels:
     """Compile what :func:`artifact_variants` lists, on all cores; no GPU is needed.
 
@@ -189,7 +261,9 @@ def compile_kernels(
     compiler = f"NVRTC {toolchain().nvrtc}"
     text = read_sources(KERNELS)
     names = sorted(set(architectures), key=_capability)
-    jobs = [(variant, arch) for arch in names for variant in artifact_variants(config, arch)]
+    jobs = [
+        (variant, arch) for arch in names for variant in artifact_variants(config, arch, channels)
+    ]
     built: list[bytes] = []
     # NVRTC lets go of Python's lock while it compiles.
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))

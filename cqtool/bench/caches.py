@@ -130,7 +130,8 @@ class CQMaker:
         layers = []
         for index, layer in enumerate(geometry.layers):
             books = format.layer_codebooks(index, layer.kv_heads, layer.key_dim, generator)
-            layers.append(LayerCodecs(*(CQCodec(book) for book in books)))
+            orders = format.layer_channels(index)
+            layers.append(LayerCodecs(*map(CQCodec, books, orders)))
         spec = format.spec
         self.model = model
         self.format = spec.name

@@ -59,14 +59,16 @@ class EncodeProblem:
         self.is_key, self.past, self.tokens = kind == "key", past, tokens
         self.rotation = format.rotation(0, shape.head_dim)
         self.rates = inverse_frequencies(shape.rope_theta, self.rotation.dim)
-        self.tables = LayerTables(*books, self.rotation)
+        orders = format.layer_channels(0)
+        self.channels = orders[KINDS.index(kind)]
+        self.tables = LayerTables(*books, self.rotation, *orders)
         rope = self.tables.rope(self.rates)
         self.rope = Rope(rope.steps, rope.scale) if self.is_key else None
         self.format = self.tables.key_format if self.is_key else self.tables.value_format
         self.encoder = (
             Encoder(self.codebook, self.tables.plans, rotation=self.rotation)
             if self.is_key
-            else Encoder(self.codebook, self.format)
+            else Encoder(self.codebook, self.format, permutation=self.channels)
         )
         size = batch * shape.kv_heads * tokens * shape.head_dim * settings.dtype.itemsize
         copies = copies_beyond_cache(size, settings.cache_bytes) if device.type == "cuda" else 1
@@ -116,6 +118,8 @@ class EncodeProblem:
         if self.is_key:
             position = self.past + torch.arange(first, self.tokens, device=vectors.device)
             vectors = rotate_float64(vectors, -position, self.rotation, self.rates)
+        if self.channels is not None:
+            vectors = vectors[:, self.channels[head].to(vectors.device)]
         book = self.codebook[head].double()
         groups = vectors.view(len(vectors), book.shape[0], 1, book.shape[2])
         return (groups - book).square().sum(dim=-1)

@@ -25,12 +25,15 @@ class BenchFormat:
             float16 on the CPU; None for random ones.
         geometry: of the artifact's cache, None for random codebooks.
         source: the artifact, None for random codebooks.
+        channels: per layer the channels of the key and value groups ``[kv_heads, head_dim]``, each
+            None for contiguous ones; None for random codebooks.
     """
 
     spec: CacheSpec
     codebooks: tuple[tuple[Tensor, Tensor], ...] | None = None
     geometry: ModelGeometry | None = None
     source: str | None = None
+    channels: tuple[tuple[Tensor | None, Tensor | None], ...] | None = None
 
     @property
     def name(self) -> str:
@@ -61,6 +64,13 @@ class BenchFormat:
             for code in (self.spec.key, self.spec.value)
         )
         return key, value
+
+    def layer_channels(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Channels of a layer's groups of keys and of values, on the CPU; None for contiguous ones.
+
+        With random codebooks all are contiguous.
+        """
+        return (None, None) if self.channels is None else self.channels[layer]
 
     def rotation(self, layer: int, rotary_dim: int) -> KeyRotation:
         """How a layer's keys are turned: the artifact's own, else pairs as Llama has them."""
@@ -112,7 +122,7 @@ def open_artifact(path: str) -> BenchFormat:
 
     from cqtool.cache.loading import resolve
     from cqtool.layout.codebook_file import check_codebooks
-    from cqtool.layout.config import CODEBOOKS_NAME, codebook_name, read_config
+    from cqtool.layout.config import CODEBOOKS_NAME, channels_name, codebook_name, read_config
 
     folder: Path = resolve(path, None)
     config = read_config(folder)
@@ -122,9 +132,14 @@ def open_artifact(path: str) -> BenchFormat:
     def codebook(layer: int, kind: Kind) -> Tensor:
         return tensors[codebook_name(layer, kind)].half()
 
+    def channels(layer: int, kind: Kind) -> Tensor | None:
+        found = tensors.get(channels_name(layer, kind))
+        return None if found is None else found.long()
+
     layers = range(len(config.geometry.layers))
     codebooks = tuple((codebook(layer, "key"), codebook(layer, "value")) for layer in layers)
-    return BenchFormat(config.cache, codebooks, config.geometry, path)
+    orders = tuple((channels(layer, "key"), channels(layer, "value")) for layer in layers)
+    return BenchFormat(config.cache, codebooks, config.geometry, path, orders)
 
 
 def require_geometry(format: BenchFormat, shape: Shape) -> None:

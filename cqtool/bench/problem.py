@@ -123,7 +123,8 @@ class CodedProblem:
         self.codebooks = format.layer_codebooks(0, load.kv_heads, load.head_dim, generator)
         self.rotation = format.rotation(0, load.head_dim)
         self.rates = inverse_frequencies(load.rope_theta, self.rotation.dim)
-        self.tables = LayerTables(*self.codebooks, self.rotation)
+        self.channels = format.layer_channels(0)
+        self.tables = LayerTables(*self.codebooks, self.rotation, *self.channels)
         self.rope = self.tables.rope(self.rates)
         self.queries = [
             torch.randn(
@@ -226,17 +227,23 @@ class CodedProblem:
             key_codes = unpack_keys(coded.keys[row, head][None, None], plan)[0, 0, : load.tokens]
             tiles = coded.values[row, head][None, None]
             value_codes = unpack_values(tiles, self.tables.value_format)
-            keys = _look_up(self.codebooks[0][head], key_codes)
-            values = _look_up(self.codebooks[1][head], value_codes[0, 0, : load.tokens])
+            value_codes = value_codes[0, 0, : load.tokens]
+            keys, values = (
+                _look_up(book[head], codes, None if order is None else order[head])
+                for book, codes, order in zip(
+                    self.codebooks, (key_codes, value_codes), self.channels, strict=True
+                )
+            )
             keys = rotate_float64(keys, position, self.rotation, self.rates)
             parts.append(attention_float64(query[head], keys, values))
         return torch.cat(parts)
 
 
-def _look_up(codebook: Tensor, codes: Tensor) -> Tensor:
-    """Vectors ``[tokens, head_dim]`` of codes ``[tokens, groups]``."""
+def _look_up(codebook: Tensor, codes: Tensor, channels: Tensor | None) -> Tensor:
+    """Vectors ``[tokens, head_dim]`` of codes ``[tokens, groups]``, in groups of `channels`."""
     group = torch.arange(codebook.shape[0], device=codes.device)
-    return codebook[group, codes].flatten(1)
+    found = codebook[group, codes].flatten(1)
+    return found if channels is None else found[:, channels.argsort().to(codes.device)]
 
 
 def poison_freed_memory(like: Tensor) -> None:

@@ -27,8 +27,8 @@ from cqtool.progress import SILENT, Progress
 
 FORMAT_VERSION = 1
 NO_GPU = (
-    "Kernel times need a CUDA GPU, and torch sees none (`cqtool doctor` says more). Only the part "
-    "end-to-end runs on a CPU, with small shapes such as tiny."
+    "Kernel times need a CUDA GPU, and torch sees none (`cqtool doctor` says more). Only the "
+    "parts end-to-end, with small shapes such as tiny, and kmeans run on a CPU."
 )
 _ENCODED_PROMPT = 4096
 """Tokens of the prompt whose encoding the targets are about."""
@@ -50,8 +50,8 @@ def run(
 
     Returns:
         ``device``, ``versions``, ``settings``, ``bandwidth``, and a list each for ``decode``,
-        ``encode`` and ``end_to_end``; ``skipped`` holds what could not run at all, and why. All
-        times are seconds.
+        ``encode``, ``end_to_end`` and ``kmeans``; ``skipped`` holds what could not run at all, and
+        why. All times are seconds.
 
     Raises:
         RecipeError: the settings contradict each other.
@@ -75,11 +75,12 @@ def run(
         "decode": [],
         "encode": [],
         "end_to_end": [],
+        "kmeans": [],
         "skipped": [],
     }
-    kernel_parts: list[Part] = [part for part in parts if part != "end-to-end"]
+    kernel_parts: list[Part] = [part for part in parts if part in ("decode", "encode")]
     if kernel_parts and device.type != "cuda":
-        if "end-to-end" not in parts:
+        if len(kernel_parts) == len(parts):
             raise EnvironmentProblem(NO_GPU)
         report["skipped"] += [{"name": part, "reason": NO_GPU} for part in kernel_parts]
     elif kernel_parts:
@@ -87,6 +88,14 @@ def run(
         _run_kernels(report, kernel_parts, settings, target, formats, kernels, progress, checkpoint)
     if "end-to-end" in parts:
         _run_generation(report, settings, target, formats, device, dtype, progress, checkpoint)
+    if "kmeans" in parts:
+        from cqtool.bench.kmeans import bench_kmeans
+
+        for format in formats if settings.formats else formats[:1]:
+            report["kmeans"].append(
+                bench_kmeans(target.shape, format, settings.tokens, device, settings.seed, progress)
+            )
+            checkpoint(report)
     return report
 
 

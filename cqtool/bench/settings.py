@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 from cqtool.errors import RecipeError
 
 DEFAULT_FORMATS = ("cq-8c8b", "cq-8c10b", "cq-4c8b", "cq-2c8b")
-Part = Literal["decode", "encode", "end-to-end"]
+Part = Literal["decode", "encode", "end-to-end", "kmeans"]
 PARTS: tuple[Part, ...] = get_args(Part)
 SuiteName = Literal["targets", "generation"]
 SUITES: Mapping[SuiteName, tuple[Part, ...]] = {
@@ -30,11 +30,11 @@ class BenchSettings:
         target: a named shape, a model folder or a Hub id; None runs a suite.
         artifact: a folder or Hub id whose codebooks to use.
         suite: a fixed set of cases; without target and suite, ``targets``.
-        parts: what of it to run; empty for all.
+        parts: what of it to run; empty for all but ``kmeans``, which is about calibrating.
         formats: names of formats, with random codebooks; empty for the default ones, or for the
             artifact's own.
         batches: rows.
-        tokens: cached tokens of each row, of the decode kernels.
+        tokens: cached tokens of each row, of the decode kernels; samples of a codebook, of k-means.
         prompt: tokens of the prompt, when encoding and end to end.
         new: tokens to generate.
         caches: which of :data:`CACHES` to generate with.
@@ -114,7 +114,8 @@ class BenchSettings:
         """
         suite = self.chosen_suite
         offered = SUITES[suite] if suite is not None else PARTS
-        chosen = tuple(part for part in offered if part in (self.parts or offered))
+        wanted = self.parts or tuple(part for part in offered if part != "kmeans")
+        chosen = tuple(part for part in offered if part in wanted)
         if not chosen:
             raise RecipeError(f"The suite {suite} has only {' and '.join(offered)}.")
         return chosen

@@ -35,6 +35,8 @@ def tables(report: dict[str, Any]) -> Iterator[Table]:
         yield from _encode_tables(found)
     for found in report["end_to_end"]:
         yield _generation_table(found, in_suite=report["suite"] is not None)
+    for found in report.get("kmeans", []):  # older reports lack it
+        yield _kmeans_table(found)
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -180,6 +182,31 @@ def _generation_table(found: dict[str, Any], *, in_suite: bool) -> Table:
         ),
         rows,
         (*notes, *_unavailable(found)),
+    )
+
+
+def _kmeans_table(found: dict[str, Any]) -> Table:
+    rows = tuple(
+        (
+            row["engine"],
+            row["detail"],
+            f"{row['samples']:,}",
+            f"{row['codebooks']:,}",
+            f"{row['seconds_per_codebook'] * 1e3:.2f}",
+            f"{row['layer_seconds']:.2f}",
+            f"{row['objective']:.5g}",
+        )
+        for row in found["rows"]
+    )
+    return Table(
+        f"k-means of one layer, {found['shape']}, {found['format']}, weighted samples, at most "
+        f"{found['iterations']} iterations",
+        ("engine", "ran", "samples", "codebooks", "ms/codebook", "layer s", "objective"),
+        rows,
+        (
+            "objective: mean over the codebooks that every engine fits",
+            *_unavailable(found),
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -10,12 +11,11 @@ from torch import Tensor
 
 from cqtool.cache.codec import CQCodec
 from cqtool.cache.format import LayerCodecs
-from cqtool.codebooks.codes import lookup
 from cqtool.geometry import LayerGeometry
-from cqtool.kernels.decode.config import DecodeCase, choose
-from cqtool.kernels.decode.tables import LayerTables, RopeTable
+from cqtool.kernels.decode.config import DecodeCase, Pairing, choose
+from cqtool.kernels.decode.tables import LayerTables, RopeTable, key_plans
 from cqtool.kernels.encode import Encoder
-from cqtool.kernels.layout import CodeFormat, plan_keys, unpack_keys, unpack_values
+from cqtool.kernels.layout import CodeFormat, KeyPlan, key_codes_in_order, unpack_values
 
 
 def unsupported(
@@ -45,7 +45,7 @@ def unsupported(
     if capability is None:
         return None
     key, value = formats
-    pairing = plan_keys(key, geometry.rotation).pairing
+    pairing = _pairing(geometry, codecs, key)
     major, minor = capability
     for rows in (query_heads // geometry.kv_heads, 8):
         case = DecodeCase(
@@ -78,23 +78,28 @@ class LayerKernels:
         key, value = codecs.key, codecs.value
         assert isinstance(key, CQCodec) and isinstance(value, CQCodec)
         rotation = geometry.rotation
-        self.tables = LayerTables(key.codebook, value.codebook, rotation)
+        self.tables = LayerTables(
+            key.codebook, value.codebook, rotation, key.channels, value.channels
+        )
         plans = self.tables.plans
         self.encoders = {
             "key": Encoder(key.codebook, plans, rotation=rotation),
-            "value": Encoder(value.codebook, self.tables.value_format),
+            "value": Encoder(value.codebook, self.tables.value_format, permutation=value.channels),
         }
-        self.codebooks = {"key": key.codebook, "value": value.codebook}
-        self.unpack = {
-            "key": partial(unpack_keys, plan=plans[0]),
+        # The kernels' tables are float16.
+        self.codecs = {
+            "key": CQCodec(key.codebook.half(), key.channels),
+            "value": CQCodec(value.codebook.half(), value.channels),
+        }
+        self.unpack: dict[str, Callable[[Tensor], Tensor]] = {
+            "key": _KeyUnpacker(plans, key.codebook.device),
             "value": partial(unpack_values, format=self.tables.value_format),
         }
         self._ropes: dict[tuple[bytes, float], RopeTable] = {}
 
     def decode(self, name: str, codes: Tensor) -> Tensor:
         """The vectors that codes ``[batch, kv_heads, tokens, groups]`` stand for, in float32."""
-        # The kernels' tables are float16.
-        return lookup(codes, self.codebooks[name].half()).float()
+        return self.codecs[name].look_up(codes)
 
     def tile_bytes(self, name: str) -> int:
         """Bytes of a tile of keys or of values."""
@@ -107,6 +112,30 @@ class LayerKernels:
         if key not in self._ropes:
             self._ropes[key] = self.tables.rope(inv_freq, scale)
         return self._ropes[key]
+
+
+class _KeyUnpacker:
+    """Tiles of keys to codes in codebook order; heads may have plans of their own."""
+
+    def __init__(self, plans: list[KeyPlan], device: torch.device) -> None:
+        self._format = plans[0].format
+        self._places = torch.stack([plan.position for plan in plans]).to(device)
+
+    def __call__(self, tiles: Tensor) -> Tensor:
+        codes = key_codes_in_order(tiles, self._format)
+        return codes.gather(3, self._places[:, None].expand_as(codes))
+
+
+_pairings: WeakKeyDictionary[LayerCodecs, Pairing] = WeakKeyDictionary()
+
+
+def _pairing(geometry: LayerGeometry, codecs: LayerCodecs, format: CodeFormat) -> Pairing:
+    # Kept, because every new cache asks, and plans of many heads take a while.
+    if codecs not in _pairings:
+        assert isinstance(codecs.key, CQCodec)
+        plans = key_plans(format, geometry.rotation, codecs.key.channels, geometry.kv_heads)
+        _pairings[codecs] = plans[0].pairing
+    return _pairings[codecs]
 
 
 _made: WeakKeyDictionary[LayerCodecs, dict[torch.device, LayerKernels]] = WeakKeyDictionary()

@@ -13,11 +13,17 @@ from cqtool.cache.format import CacheFormat, LayerCodecs
 from cqtool.cache.shipped import trust_shipped_kernels
 from cqtool.errors import ArtifactError, HubError
 from cqtool.layout.codebook_file import check_codebooks
-from cqtool.layout.config import CODEBOOKS_NAME, CQConfig, codebook_name, read_config
+from cqtool.layout.config import (
+    CODEBOOKS_NAME,
+    CQConfig,
+    channels_name,
+    codebook_name,
+    read_config,
+)
 from cqtool.manifest import MANIFEST_NAME, verify_folder
 from cqtool.models.fingerprint import compare_fingerprints, fingerprint
 from cqtool.models.probe import read_geometry
-from cqtool.spec import KINDS
+from cqtool.spec import KINDS, Kind
 
 
 def load_format(
@@ -98,7 +104,11 @@ def _download(repo: str, revision: str | None) -> Path:
 def _load_codecs(folder: Path, config: CQConfig) -> tuple[LayerCodecs, ...]:
     check_codebooks(folder, config)
     tensors = load_file(folder / CODEBOOKS_NAME)
+
+    def codec(layer: int, kind: Kind) -> CQCodec:
+        return CQCodec(tensors[codebook_name(layer, kind)], tensors.get(channels_name(layer, kind)))
+
     return tuple(
-        LayerCodecs(*(CQCodec(tensors[codebook_name(layer, kind)]) for kind in KINDS))
+        LayerCodecs(*(codec(layer, kind) for kind in KINDS))
         for layer in range(len(config.geometry.layers))
     )

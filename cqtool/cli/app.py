@@ -15,7 +15,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from cqtool import __version__
-from cqtool.cli import bench, calibrate, check, doctor, entropy, export, generate, inspect
+from cqtool.cli import bench, calibrate, check, doctor, entropy, export, generate, inspect, tune
 from cqtool.cli.output import write_stderr, write_stdout
 from cqtool.errors import CqtoolError
 
@@ -80,6 +80,7 @@ def _cqtool(
 
 _COMMANDS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "calibrate": (calibrate.calibrate, calibrate.EXAMPLES),
+    "tune": (tune.tune, tune.EXAMPLES),
     "analyze-entropy": (entropy.analyze_entropy, entropy.EXAMPLES),
     "check": (check.check, check.EXAMPLES),
     "export": (export.export, export.EXAMPLES),

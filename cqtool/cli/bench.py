@@ -52,7 +52,8 @@ def bench(
         typer.Option(
             "--part",
             metavar="PART",
-            help="Only decode, encode or end-to-end. Repeat the option, or separate with commas.",
+            help="Only decode, encode or end-to-end; or kmeans, the engines that fit a layer's "
+            "codebooks. Repeat the option, or separate with commas.",
             show_default=False,
         ),
     ] = None,
@@ -75,7 +76,8 @@ def bench(
         typer.Option(
             "--tokens",
             metavar="N",
-            help="Cached tokens of each row, for the decode kernels; by default 8k,32k.",
+            help="Cached tokens of each row, for the decode kernels, or samples of a codebook, for "
+            "kmeans; by default 8k,32k.",
             show_default=False,
         ),
     ] = None,
@@ -135,7 +137,7 @@ def bench(
     """Time kernels and whole models against every 16-bit rival on this machine, in the same run.
 
     Weights and text are random, so nothing is downloaded. A kernel is timed only after its result
-    has agreed with float64. Kernel times need a GPU; end to end runs on a CPU too.
+    has agreed with float64. Kernel times need a GPU; end to end and k-means run on a CPU too.
     """
     sink = Output(json=json, quiet=quiet)
     from cqtool.bench.settings import make_settings

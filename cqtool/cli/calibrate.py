@@ -64,8 +64,13 @@ def calibrate(
         ),
     ] = None,
     engine: Annotated[
-        Literal["auto", "faiss"] | None,
-        typer.Option("--engine", help="What runs the k-means.", show_default=False),
+        Literal["auto", "faiss", "batched"] | None,
+        typer.Option(
+            "--engine",
+            help="What runs the k-means: faiss, or all codebooks of a layer at once in torch; "
+            "auto takes the second on a GPU.",
+            show_default=False,
+        ),
     ] = None,
     iterations: Annotated[
         int | None,

@@ -11,6 +11,7 @@ import typer
 from cqtool.cli import options
 from cqtool.cli.output import Output
 from cqtool.errors import ArtifactError
+from cqtool.spec import GROUPED_CHANNELS, KINDS
 
 EXAMPLES = ("cqtool inspect artifact", "cqtool inspect calibration --json")
 
@@ -45,8 +46,13 @@ def inspect(
 def _codebook_lines(found: dict[str, Any]) -> list[list[str]]:
     base, cache, data = found["base_model"], found["cache"], found["calibration"]
     revision = f" at {base['revision']}" if base["revision"] else ""
+    groups = [
+        f"{kind}s of {cache[kind]['channels']} {GROUPED_CHANNELS[cache[kind]['grouping']]}"
+        for kind in KINDS
+    ]
     return [
         ["format", f"{found['format']}, {found['rate']}"],
+        ["groups", ", ".join(groups)],
         ["base model", f"{base['id']}{revision}, license {base['license'] or 'not known'}"],
         ["unquantized", f"first {cache['sinks']} and last {cache['window']} tokens"],
         *[["layers", _shape(shape)] for shape in found["geometry"]["shapes"]],

@@ -13,19 +13,20 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cqtool import __version__
-from cqtool.codebooks.engines import FaissEngine, make_engine
+from cqtool.codebooks.engines import make_engine
 from cqtool.codebooks.fit import (
     LayerFit,
     check_enough_samples,
@@ -33,6 +34,7 @@ from cqtool.codebooks.fit import (
     count_codebooks,
     fit_layer,
 )
+from cqtool.codebooks.kmeans import Engine
 from cqtool.data.windows import TokenWindows
 from cqtool.errors import ArtifactError
 from cqtool.files import atomic_dir, atomic_file, digest_json, write_json
@@ -42,6 +44,7 @@ from cqtool.layout.config import (
     CODEBOOKS_NAME,
     CONFIG_NAME,
     FORMAT_VERSION,
+    channels_name,
     codebook_name,
 )
 from cqtool.models.fingerprint import fingerprint
@@ -109,9 +112,9 @@ def calibrate(
     check_fits_geometry(spec, geometry)
     text = recipe.calibration
     check_enough_samples(spec, text.sequences * text.sequence_length)
-    engine = engine_for(recipe, opened.model.device.type, text.sequences * text.sequence_length)
+    engine = make_engine(recipe.kmeans, opened.model.device.type)
     timings: dict[str, float] = {}
-    with _locked(out):
+    with exclusive(out):
         if partial.exists() and not resume:
             if not force:
                 raise ArtifactError(
@@ -137,18 +140,12 @@ def calibrate(
         with atomic_dir(out) as folder:
             write_codebooks(folder / CODEBOOKS_NAME, fits)
             write_json(folder / CONFIG_NAME, _config(opened, recipe, geometry, windows))
-            record = _record(opened, recipe, windows, engine.detail, timings, fits)
+            record = _record(opened, recipe, windows, engine, timings, fits)
             write_json(folder / CALIBRATION_NAME, record)
             if keep_samples:
                 store.path.rename(folder / SAMPLES_NAME)
         shutil.rmtree(partial, ignore_errors=True)
     return CalibrationResult(out, timings)
-
-
-def engine_for(recipe: Recipe, device: str, samples: int) -> FaissEngine:
-    """The k-means engine for a recipe on a kind of device."""
-    centroids = max(recipe.spec.code(kind).centroids for kind in KINDS)
-    return make_engine(recipe.kmeans, device, samples=samples, centroids=centroids)
 
 
 def partial_folder(out: Path) -> Path:
@@ -160,7 +157,7 @@ def fit_codebooks(
     store: SampleStore,
     geometry: ModelGeometry,
     recipe: Recipe,
-    engine: FaissEngine,
+    engine: Engine,
     work: Path,
     *,
     progress: Progress = SILENT,
@@ -178,7 +175,7 @@ def fit_codebooks(
     spec = recipe.spec
     identity = {
         "samples": store.meta,
-        "cache": {kind: spec.code(kind).name for kind in KINDS},
+        "cache": {kind: asdict(spec.code(kind)) for kind in KINDS},
         "objective": recipe.objective,
         "kmeans": recipe.kmeans.model_dump(mode="json"),
         "seed": recipe.calibration.seed,
@@ -195,22 +192,31 @@ def fit_codebooks(
         for layer, fit in enumerate(found):
             if fit is None:
                 fit = fit_layer(
-                    store, layer, spec, recipe.objective, engine, recipe.calibration.seed, task
+                    store,
+                    layer,
+                    spec,
+                    recipe.objective,
+                    engine,
+                    recipe.calibration.seed,
+                    task,
+                    geometry.layers[layer].rotation,
                 )
                 with atomic_file(files[layer]) as temporary:
                     errors = {str(kind): repr(error) for kind, error in fit.errors.items()}
-                    save_file({str(k): v for k, v in fit.codebooks.items()}, temporary, errors)
+                    save_file(_fit_tensors(fit), temporary, errors)
             fits.append(fit)
     return fits
 
 
 def write_codebooks(path: Path, fits: list[LayerFit]) -> None:
     """Write codebooks.safetensors for the fitted layers, in order."""
-    tensors: dict[str, Tensor] = {
-        codebook_name(layer, kind): fit.codebooks[kind]
-        for layer, fit in enumerate(fits)
-        for kind in KINDS
-    }
+    tensors: dict[str, Tensor] = {}
+    for layer, fit in enumerate(fits):
+        for kind in KINDS:
+            tensors[codebook_name(layer, kind)] = fit.codebooks[kind]
+            channels = fit.channels[kind]
+            if channels is not None:
+                tensors[channels_name(layer, kind)] = channels.to(torch.int16)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary)
 
@@ -219,8 +225,18 @@ def library_versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     versions = {"cqtool": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "numpy", "safetensors", "datasets"):
-        versions[package] = version(package)
+        # Local text needs no datasets.
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return versions
+
+
+def _fit_tensors(fit: LayerFit) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {str(kind): table for kind, table in fit.codebooks.items()}
+    for kind, channels in fit.channels.items():
+        if channels is not None:
+            tensors[f"{kind}.channels"] = channels
+    return tensors
 
 
 def _read_fit(file: Path) -> LayerFit | None:
@@ -229,8 +245,14 @@ def _read_fit(file: Path) -> LayerFit | None:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
+            names = set(opened.keys())
             codebooks: dict[Kind, Tensor] = {kind: opened.get_tensor(kind) for kind in KINDS}
-            return LayerFit(codebooks, {kind: float(metadata[kind]) for kind in KINDS})
+            channels: dict[Kind, Tensor | None] = {
+                kind: opened.get_tensor(name) if (name := f"{kind}.channels") in names else None
+                for kind in KINDS
+            }
+            errors: dict[Kind, float] = {kind: float(metadata[kind]) for kind in KINDS}
+            return LayerFit(codebooks, errors, channels)
     except (SafetensorError, OSError, KeyError, ValueError):
         # Fitting a layer again takes less than finding out what happened to the file.
         return None
@@ -267,7 +289,7 @@ def _record(
     opened: OpenedModel,
     recipe: Recipe,
     windows: TokenWindows,
-    engine: str,
+    engine: Engine,
     timings: dict[str, float],
     fits: list[LayerFit],
 ) -> dict[str, Any]:
@@ -275,8 +297,8 @@ def _record(
         "format_version": FORMAT_VERSION,
         "data": {**windows.source, "digest": windows.digest},
         "objective": recipe.objective,
-        "engine": "faiss",
-        "engine_detail": engine,
+        "engine": engine.name,
+        "engine_detail": engine.detail,
         "seed": recipe.calibration.seed,
         "device": str(opened.model.device),
         "dtype": str(opened.model.dtype).removeprefix("torch."),
@@ -294,7 +316,7 @@ def _timed(timings: dict[str, float], step: str) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def exclusive(out: Path) -> Iterator[None]:
     """Keep a second process out of the same work; the lock goes with the process."""
     # Not beside `out`, where it would stay behind: removing a lock file is a race of its own.
     name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]

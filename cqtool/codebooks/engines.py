@@ -1,39 +1,33 @@
-"""k-means engines. faiss is the reference: one codebook per call, weighted, on CPU or GPU."""
+"""Which k-means engine runs, and faiss, the reference: one codebook per call, on CPU or GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from cqtool.errors import EnvironmentProblem, SampleError
-from cqtool.recipe import KMeans
+from cqtool.codebooks.batched import BatchedEngine
+from cqtool.codebooks.kmeans import (
+    Engine,
+    Fit,
+    Floats,
+    Init,
+    check_samples,
+    in_parts,
+    usable_weights,
+)
+from cqtool.codebooks.start import choose_start
+from cqtool.errors import EnvironmentProblem
 
-# Sample-centroid comparisons a second and core, and seconds of a fit on the GPU: one H100 and its
-# host, faiss 1.15.1, 8192 samples of 8 channels, 256 centroids.
-_CPU_RATE = 2.5e9
-_GPU_SECONDS = 0.2
-
-Init = Literal["kmeans++", "random"]
-Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One fitted codebook.
-
-    Attributes:
-        centroids: float32 ``[centroids, channels]``.
-        error: weighted mean squared distance of a sample to its centroid, summed over channels.
-    """
-
-    centroids: Floats
-    error: float
+if TYPE_CHECKING:
+    from cqtool.recipe import KMeans
 
 
 def import_faiss() -> ModuleType:
@@ -47,30 +41,30 @@ def import_faiss() -> ModuleType:
     except ImportError as error:
         raise EnvironmentProblem(
             "faiss is not installed or does not load; install one of the two: "
-            "pip install 'cqtool[cpu]', or pip install 'cqtool[gpu]' on a machine with a GPU."
+            "pip install 'cqtool[cpu]', or pip install 'cqtool[gpu]' on a machine with a GPU; or "
+            "take the k-means that needs neither, --engine batched."
         ) from error
     assert isinstance(faiss, ModuleType)
     return faiss
 
 
-def make_engine(settings: KMeans, device: str, *, samples: int, centroids: int) -> FaissEngine:
+def make_engine(settings: KMeans, device: str) -> Engine:
     """The engine that a recipe asks for.
 
-    ``faiss`` takes the GPU where faiss was built for one and `device` is one. ``auto`` takes it
-    only where it is faster: faiss's GPU k-means spends about 0.2 s on any codebook (it updates
-    centroids on the CPU), in which time the cores fit dozens of small ones side by side.
+    ``auto`` is ``batched`` where the model runs on a CUDA GPU, which fits hundreds of codebooks
+    side by side, and ``faiss`` elsewhere. ``faiss`` takes the GPU too if it was built for one.
 
     Args:
         settings: the recipe's k-means settings.
         device: where the model runs, such as ``cuda``.
-        samples: samples of a codebook.
-        centroids: entries of a codebook.
+
+    Raises:
+        EnvironmentProblem: it is to be faiss, which is not installed.
     """
-    faiss = import_faiss()
-    gpu = device.startswith("cuda") and getattr(faiss, "get_num_gpus", lambda: 0)() > 0
-    if gpu and settings.engine == "auto":
-        comparisons = samples * centroids * settings.iterations
-        gpu = comparisons / _CPU_RATE / int(faiss.omp_get_max_threads()) > _GPU_SECONDS
+    cuda = device.startswith("cuda")
+    if settings.engine == "batched" or (settings.engine == "auto" and cuda):
+        return BatchedEngine(settings.iterations, settings.init, device if cuda else "cpu")
+    gpu = cuda and getattr(import_faiss(), "get_num_gpus", lambda: 0)() > 0
     return FaissEngine(settings.iterations, settings.init, gpu=gpu)
 
 
@@ -82,6 +76,8 @@ class FaissEngine:
         init: ``kmeans++`` (Arthur and Vassilvitskii, 2007) or ``random`` samples.
         gpu: use faiss's GPU index; faiss must have been built with one and see a GPU.
     """
+
+    name = "faiss"
 
     def __init__(self, iterations: int, init: Init, *, gpu: bool = False) -> None:
         self._faiss = import_faiss()
@@ -105,45 +101,41 @@ class FaissEngine:
         """What runs where, for the record."""
         return f"faiss {self._faiss.__version__} on {'GPU' if self._gpu else 'CPU'}"
 
+    def fit_many(
+        self, points: Tensor, weights: Tensor | None, centroids: int, seeds: Sequence[int]
+    ) -> Iterator[Fit]:
+        """Fit one codebook to each problem, as many at a time as there are :attr:`threads`; see
+        :meth:`Engine.fit_many <cqtool.codebooks.kmeans.Engine.fit_many>`."""
+        check_samples(points.shape[1], centroids)
+        with ThreadPoolExecutor(self.threads) as pool:
+            for part in in_parts(points, torch.device("cpu")):
+                own = points[part].contiguous()
+                heavy = usable_weights(own, None if weights is None else weights[part])
+                # faiss's k-means++ would leave the weights out.
+                start = choose_start(own, heavy, centroids, self._init, seeds[part])
+                arrays = (own.numpy(), heavy.numpy(), start.numpy(), seeds[part])
+                yield from pool.map(self._fit, *arrays)
+
     def fit(self, points: Floats, weights: Floats | None, centroids: int, seed: int) -> Fit:
-        """Fit one codebook; the same arguments give the same bytes.
+        """Fit one codebook to ``[samples, channels]`` with weights ``[samples]``, see
+        :meth:`fit_many`."""
+        heavy = None if weights is None else torch.from_numpy(weights)[None]
+        return next(self.fit_many(torch.from_numpy(points)[None], heavy, centroids, [seed]))
 
-        Args:
-            points: ``[samples, channels]``.
-            weights: non-negative ``[samples]``, or None for equal ones.
-            centroids: how many; at most the number of samples.
-            seed: of the initialisation.
-
-        Raises:
-            SampleError: fewer samples than centroids.
-        """
+    def _fit(self, points: Floats, weights: Floats, start: NDArray[np.int64], seed: int) -> Fit:
         samples, channels = points.shape
-        if samples < centroids:
-            raise SampleError(
-                f"{centroids} centroids cannot be fitted to {samples} samples; use more "
-                "--sequences, a longer --sequence-length, or a format with fewer bits."
-            )
-        faiss = self._faiss
-        methods = {
-            "kmeans++": faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
-            "random": faiss.ClusteringInitMethod_RANDOM,
-        }
-        kmeans = faiss.Kmeans(
+        kmeans = self._faiss.Kmeans(
             channels,
-            centroids,
+            len(start),
             niter=self._iterations,
             seed=seed,
             gpu=self._gpu,
-            init_method=methods[self._init],
             # faiss would otherwise subsample, and print a warning below 39 samples per centroid.
             max_points_per_centroid=samples,
             min_points_per_centroid=1,
         )
-        points = np.ascontiguousarray(points)
-        if weights is not None:
-            weights = np.ascontiguousarray(_usable(weights))
         with self._one_thread():
-            kmeans.train(points, weights=weights)
+            kmeans.train(points, weights=weights, init_centroids=points[start])
             distances, _ = kmeans.assign(points)
         # faiss's own objective leaves the weights out and is one centroid update behind.
         error = np.average(distances.astype(np.float64), weights=weights)
@@ -161,16 +153,3 @@ class FaissEngine:
             yield
         finally:
             self._faiss.omp_set_num_threads(before)
-
-
-def _usable(weights: Floats) -> Floats:
-    """Scale weights to mean 1 and lift zeros a little.
-
-    A cluster of zero-weight samples has no mean. The last token of a sequence, which nothing
-    attends to, has zero gradient, and a group that the model ignores has nothing else.
-    """
-    mean = weights.mean(dtype=np.float64)
-    if not mean > 0:
-        return np.ones_like(weights)
-    lifted: Floats = np.maximum(weights / mean, 1e-6).astype(np.float32)
-    return lifted

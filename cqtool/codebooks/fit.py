@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor
 
 from cqtool.codebooks.codes import split_groups
-from cqtool.codebooks.engines import FaissEngine, Fit
+from cqtool.codebooks.grouping import check_grouping, choose_groups
+from cqtool.codebooks.kmeans import Engine
 from cqtool.errors import RecipeError, SampleError
-from cqtool.geometry import LayerGeometry, ModelGeometry
+from cqtool.geometry import NO_ROTATION, KeyRotation, LayerGeometry, ModelGeometry
 from cqtool.progress import Task
 from cqtool.sampling.store import SampleStore
 from cqtool.spec import KINDS, CacheSpec, Kind
@@ -31,18 +31,23 @@ class LayerFit:
         codebooks: kind -> ``[kv_heads, groups, centroids, channels]`` as stored (float16, or
             bfloat16 where float16 would overflow).
         errors: kind -> mean weighted squared error a group, averaged over the layer's codebooks.
+        channels: kind -> int64 ``[kv_heads, head_dim]``, the model channel of each codebook
+            channel; None for contiguous groups.
     """
 
     codebooks: dict[Kind, Tensor]
     errors: dict[Kind, float]
+    channels: dict[Kind, Tensor | None]
 
 
 def check_fits_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
     """Refuse a format whose groups do not fill the model's heads.
 
     Raises:
-        RecipeError: a head's channels are not a multiple of the group's.
+        RecipeError: a head's channels are not a multiple of the group's, or groups are to be of
+            RoPE pairs and cannot.
     """
+    check_grouping(spec, geometry)
     for kind in KINDS:
         channels = spec.code(kind).channels
         for layer in geometry.layers:
@@ -104,11 +109,14 @@ def fit_layer(
     layer: int,
     spec: CacheSpec,
     objective: Objective,
-    engine: FaissEngine,
+    engine: Engine,
     seed: int,
     task: Task,
+    rotation: KeyRotation = NO_ROTATION,
 ) -> LayerFit:
     """Fit keys and values of one layer, all heads and groups.
+
+    Groups are chosen from the samples first, as the format says.
 
     Args:
         store: the samples; only this layer's are read.
@@ -118,27 +126,38 @@ def fit_layer(
         engine: the k-means engine.
         seed: the recipe's seed.
         task: where to report, in codebooks.
+        rotation: how the layer turns its keys.
     """
     codebooks: dict[Kind, Tensor] = {}
     errors: dict[Kind, float] = {}
+    channels: dict[Kind, Tensor | None] = {}
     for kind in KINDS:
         code = spec.code(kind)
         samples = store.load(layer, kind)
-        groups = split_groups(samples, code.channels)
+        turned = rotation if kind == "key" else NO_ROTATION
+        order = choose_groups(samples, code.grouping, code.channels, turned)
+        channels[kind] = order
+        groups = split_groups(_in_order(samples, order), code.channels)
         weights = None
         if objective == "fisher":
-            weights = fisher_weights(store.load_gradients(layer, kind), code.channels)
+            gradients = _in_order(store.load_gradients(layer, kind), order)
+            weights = fisher_weights(gradients, code.channels)
         codebooks[kind], errors[kind] = _fit_groups(
             groups, weights, code.centroids, engine, seed, layer, kind, task
         )
-    return LayerFit(codebooks, errors)
+    return LayerFit(codebooks, errors, channels)
+
+
+def _in_order(samples: Tensor, channels: Tensor | None) -> Tensor:
+    """``[tokens, kv_heads, head_dim]`` with each head's channels in its order of groups."""
+    return samples if channels is None else samples.gather(2, channels.expand_as(samples))
 
 
 def _fit_groups(
     samples: Tensor,
     weights: Tensor | None,
     centroids: int,
-    engine: FaissEngine,
+    engine: Engine,
     seed: int,
     layer: int,
     kind: Kind,
@@ -146,21 +165,17 @@ def _fit_groups(
 ) -> tuple[Tensor, float]:
     _, heads, groups, channels = samples.shape
 
-    def fit(position: tuple[int, int]) -> Fit:
-        head, group = position
-        return engine.fit(
-            samples[:, head, group].numpy(),
-            None if weights is None else weights[:, head, group].numpy(),
-            centroids,
-            codebook_seed(seed, layer, kind, head, group),
-        )
-
-    positions = [(head, group) for head in range(heads) for group in range(groups)]
-    with ThreadPoolExecutor(engine.threads) as pool:
-        fits = []
-        for one in pool.map(fit, positions):
-            fits.append(one)
-            task.advance()
+    seeds = [
+        codebook_seed(seed, layer, kind, head, group)
+        for head in range(heads)
+        for group in range(groups)
+    ]
+    points = samples.flatten(1, 2).transpose(0, 1)
+    owned = None if weights is None else weights.flatten(1, 2).transpose(0, 1)
+    fits = []
+    for one in engine.fit_many(points, owned, centroids, seeds):
+        fits.append(one)
+        task.advance()
     table = torch.from_numpy(np.stack([one.centroids for one in fits]))
     if not torch.isfinite(table).all():
         raise SampleError(

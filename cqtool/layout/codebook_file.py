@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +22,24 @@ _ITEM_BYTES = 2
 _EXPONENTS = {"F16": 0x7C00, "BF16": 0x7F80}
 """The exponent bits of each dtype a codebook may have; where all are set, the number is infinite
 or NaN."""
+_CHANNELS_DTYPE = "I16"
+
+Channels = Mapping[str, tuple[tuple[int, ...], ...]]
+"""By a name of :attr:`CQConfig.channels_shapes`, for each head the model channels of its codebook
+channels."""
 
 
 class _Extent(NamedTuple):
-    """Where a tensor's bytes lie after the header, and the exponent bits of its dtype."""
+    """Where a tensor's bytes lie after the header, and its dtype."""
 
     first: int
     last: int
-    exponent: int
+    dtype: str
 
 
 def check_codebooks(folder: Path, config: CQConfig) -> int:
-    """Check names, shapes, dtypes, extents and finiteness of every codebook.
+    """Check names, shapes, dtypes and extents of every tensor, that all centroids are finite, and
+    that groups have every channel of a head once.
 
     Returns:
         Size of the file in bytes.
@@ -40,6 +47,19 @@ def check_codebooks(folder: Path, config: CQConfig) -> int:
     Raises:
         ArtifactError: the file is missing, damaged, or does not fit `config`.
     """
+    return _read(folder, config)[0]
+
+
+def read_channels(folder: Path, config: CQConfig) -> Channels:
+    """The channels of all groups that are not contiguous.
+
+    Raises:
+        ArtifactError: as :func:`check_codebooks`.
+    """
+    return _read(folder, config)[1]
+
+
+def _read(folder: Path, config: CQConfig) -> tuple[int, Channels]:
     path = folder / CODEBOOKS_NAME
     try:
         if not path.is_file():
@@ -47,16 +67,15 @@ def check_codebooks(folder: Path, config: CQConfig) -> int:
         size = path.stat().st_size
         start, header = _read_header(path, size, config)
         extents = _check_header(path, header, config, size - start)
-        _check_finite(path, start, extents)
+        return size, _check_numbers(path, start, extents, config)
     except OSError as error:
         raise ArtifactError(
             f"Cannot read {path} ({error.strerror}); make it readable and try again."
         ) from error
-    return size
 
 
 def _read_header(path: Path, size: int, config: CQConfig) -> tuple[int, dict[str, Any]]:
-    limit = 4096 + 512 * len(config.codebook_shapes)
+    limit = 4096 + 512 * (len(config.codebook_shapes) + len(config.channels_shapes))
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(limit, size - 8):
@@ -73,7 +92,8 @@ def _check_header(
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(type(text) is not str for text in metadata.values()):
         raise ArtifactError(f"{path} has metadata that are not texts. {REMEDY}")
-    expected = config.codebook_shapes
+    channels = config.channels_shapes
+    expected: dict[str, tuple[int, ...]] = {**config.codebook_shapes, **channels}
     if header.keys() != expected.keys():
         odd = min(header.keys() ^ expected.keys())
         raise ArtifactError(
@@ -86,15 +106,16 @@ def _check_header(
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise ArtifactError(f"{path}: {name} is not described as a tensor. {REMEDY}")
         dtype, stored, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        known = isinstance(dtype, str) and dtype in _EXPONENTS
-        if not known or not _are_integers(stored, 4) or tuple(stored) != shape:
+        allowed = (_CHANNELS_DTYPE,) if name in channels else tuple(_EXPONENTS)
+        fits = _are_integers(stored, len(shape)) and tuple(stored) == shape
+        if dtype not in allowed or not fits:
             raise ArtifactError(
-                f"{path}: {name} is {dtype!s:.20} {stored!s:.60} and should be F16 or BF16 "
-                f"{list(shape)}. {REMEDY}"
+                f"{path}: {name} is {dtype!s:.20} {stored!s:.60} and should be "
+                f"{' or '.join(allowed)} {list(shape)}. {REMEDY}"
             )
         if not _are_integers(offsets, 2):
             raise ArtifactError(f"{path}: {name} has no proper place in the file. {REMEDY}")
-        extents[name] = _Extent(offsets[0], offsets[1], _EXPONENTS[dtype])
+        extents[name] = _Extent(offsets[0], offsets[1], dtype)
     end = 0
     for name, (first, last, _) in sorted(extents.items(), key=lambda item: item[1]):
         if first != end or last - first != math.prod(expected[name]) * _ITEM_BYTES:
@@ -111,10 +132,22 @@ def _are_integers(value: Any, count: int) -> bool:
     return isinstance(value, list) and [type(item) for item in value] == [int] * count
 
 
-def _check_finite(path: Path, start: int, extents: dict[str, _Extent]) -> None:
+def _check_numbers(
+    path: Path, start: int, extents: dict[str, _Extent], config: CQConfig
+) -> Channels:
+    channels: dict[str, tuple[tuple[int, ...], ...]] = {}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for name, (first, last, exponent) in extents.items():
+        for name, (first, last, dtype) in extents.items():
             raw = data[start + first : start + last]
-            bits = np.frombuffer(raw, dtype="<u2")
+            if dtype == _CHANNELS_DTYPE:
+                rows = np.frombuffer(raw, dtype="<i2").reshape(config.channels_shapes[name])
+                if not np.array_equal(np.sort(rows), np.indices(rows.shape)[1]):
+                    raise ArtifactError(
+                        f"{path}: {name} does not name every channel of a head once. {REMEDY}"
+                    )
+                channels[name] = tuple(tuple(row) for row in rows.tolist())
+                continue
+            bits, exponent = np.frombuffer(raw, dtype="<u2"), _EXPONENTS[dtype]
             if bool(((bits & exponent) == exponent).any()):
                 raise ArtifactError(f"{path}: {name} holds NaN or infinite centroids. {REMEDY}")
+    return channels

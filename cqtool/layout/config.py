@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 from cqtool.errors import ArtifactError, RecipeError
 from cqtool.geometry import KeyRotation, LayerGeometry, ModelGeometry, Style
 from cqtool.layout.fields import Fields
-from cqtool.spec import KINDS, CacheSpec, CQSpec, Kind
+from cqtool.spec import KINDS, CacheSpec, CQSpec, Grouping, Kind
 from cqtool.strictjson import read_object
 
 CONFIG_NAME = "cq_config.json"
@@ -61,7 +61,11 @@ class CalibrationData:
 
 @dataclass(frozen=True)
 class CQConfig:
-    """``cq_config.json``, checked."""
+    """``cq_config.json``, checked.
+
+    Attributes:
+        tuned: whether the fitted codebooks were tuned end to end afterwards.
+    """
 
     tool_version: str
     base_model: BaseModel
@@ -70,10 +74,11 @@ class CQConfig:
     objective: str
     recipe: Mapping[str, Any]
     calibration: CalibrationData
+    tuned: bool = False
 
     @property
     def codebook_shapes(self) -> dict[str, tuple[int, int, int, int]]:
-        """Every tensor of the codebook file: name -> ``[kv_heads, groups, 2**bits, channels]``."""
+        """Every codebook of the file: name -> ``[kv_heads, groups, 2**bits, channels]``."""
         shapes = {}
         for index, layer in enumerate(self.geometry.layers):
             for kind in KINDS:
@@ -85,6 +90,17 @@ class CQConfig:
                     code.channels,
                 )
         return shapes
+
+    @property
+    def channels_shapes(self) -> dict[str, tuple[int, int]]:
+        """The codebook file's other tensors, the channels of groups that are not contiguous: name
+        -> ``[kv_heads, head_dim]``."""
+        return {
+            channels_name(index, kind): (layer.kv_heads, layer.dim(kind))
+            for index, layer in enumerate(self.geometry.layers)
+            for kind in KINDS
+            if self.cache.code(kind).grouping != "contiguous"
+        }
 
     @property
     def code_bytes_per_token(self) -> float:
@@ -100,6 +116,11 @@ class CQConfig:
 def codebook_name(layer: int, kind: Kind) -> str:
     """Name of a codebook in the codebook file."""
     return f"layers.{layer}.{kind}.codebook"
+
+
+def channels_name(layer: int, kind: Kind) -> str:
+    """Name, in the codebook file, of the model channels of a codebook's channels."""
+    return f"layers.{layer}.{kind}.channels"
 
 
 def read_config(folder: Path) -> CQConfig:
@@ -145,6 +166,8 @@ def read_config(folder: Path) -> CQConfig:
             sequence_length=data.integer("sequence_length", minimum=1),
             seed=data.integer("seed"),
         ),
+        # Written by `cqtool tune` only.
+        tuned="tuned" in root.values and root.boolean("tuned"),
     )
     _check_groups(config, path)
     return config
@@ -171,20 +194,21 @@ def _layer_geometry(fields: Fields) -> LayerGeometry:
 
 
 def _cache_spec(fields: Fields) -> CacheSpec:
-    codes = {}
-    for kind in KINDS:
-        code = fields.child(kind)
-        try:
-            codes[kind] = CQSpec(
-                channels=code.integer("channels", minimum=1), bits=code.integer("bits", minimum=1)
-            )
-        except RecipeError as error:
-            raise ArtifactError(f"{fields.name}: {error} {REMEDY}") from error
-    return CacheSpec(
-        key=codes["key"],
-        value=codes["value"],
-        window=fields.integer("window", minimum=0),
-        sinks=fields.integer("sinks", minimum=0),
+    window, sinks = (fields.integer(name, minimum=0) for name in ("window", "sinks"))
+    try:
+        key, value = (_code(fields.child(kind)) for kind in KINDS)
+        return CacheSpec(key, value, window, sinks)
+    except RecipeError as error:
+        raise ArtifactError(f"{fields.name}: {error} {REMEDY}") from error
+
+
+def _code(fields: Fields) -> CQSpec:
+    grouping: Grouping = "contiguous"
+    # Files from before there was a choice lack the field.
+    if "grouping" in fields.values:
+        grouping = cast("Grouping", fields.choice("grouping", get_args(Grouping)))
+    return CQSpec(
+        fields.integer("channels", minimum=1), fields.integer("bits", minimum=1), grouping
     )
 
 

@@ -9,11 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import snapshot_download
-from synthetic_artifact import write_calibration
+from safetensors.torch import load_file, save_file
+from synthetic_artifact import edit_json, write_calibration
 
+from cqtool.artifact.export import export
 from cqtool.manifest import verify_folder
+from cqtool.spec import KINDS
 
 RUN = "from cqtool.cli import main; main()"
 
@@ -151,3 +155,22 @@ def test_an_unknown_architecture_is_named(calibration: Path, tmp_path: Path) -> 
     assert done.returncode == 2
     assert "error: There are no kernels for 'sm_12'; give some of sm_80, " in done.stderr
     assert not (tmp_path / "a").exists()
+
+
+def test_inspect_and_the_card_say_how_channels_are_grouped(calibration: Path) -> None:
+    human = cqtool("inspect", calibration).stdout
+    assert "keys of 4 neighbouring channels, values of 8 neighbouring channels" in human
+    edit_json(calibration / "cq_config.json", lambda c: c["cache"]["key"].update(grouping="pairs"))
+    order = torch.arange(16, dtype=torch.int16).flip(0).repeat(2, 1)
+    path = calibration / "codebooks.safetensors"
+    save_file(load_file(path) | {f"layers.{i}.key.channels": order.clone() for i in (0, 1)}, path)
+    done = cqtool("inspect", calibration, "--json")
+    assert done.returncode == 0, done.stderr
+    groupings = {kind: json.loads(done.stdout)["cache"][kind]["grouping"] for kind in KINDS}
+    assert groupings == {"key": "pairs", "value": "contiguous"}
+    human = cqtool("inspect", calibration).stdout
+    assert "keys of 4 channels in correlated RoPE pairs, values of 8 neighbouring" in human
+    export(calibration, calibration.parent / "grouped")
+    card = (calibration.parent / "grouped" / "README.md").read_text()
+    assert "- keys: groups of 4 channels in correlated RoPE pairs of a head share" in card
+    assert "- values: groups of 8 neighbouring channels of a head share" in card

@@ -40,9 +40,9 @@ needs_nvrtc = pytest.mark.skipif(
 all_variants = runtime_kernels.artifact_variants
 
 
-def few_variants(config: Any, arch: str) -> list[Variant]:
+def few_variants(config: Any, arch: str, channels: Any) -> list[Variant]:
     """Two of an artifact's kernels, so that no test waits for all."""
-    every = all_variants(config, arch)
+    every = all_variants(config, arch, channels)
     return [next(variant for variant in every if variant.source == source) for source in FEW]
 
 
@@ -208,6 +208,27 @@ def test_the_runtime_says_what_the_installed_cqtool_says(
     assert result["unchanged"], "importing must not write into the artifact"
     assert result["folders"] == [str(built / RUNTIME)]
     assert bool(result["cqtool"]) == (way != "without cqtool")
+
+
+def test_the_runtime_reads_groups_of_any_channels(model: Any, tmp_path: Path) -> None:
+    said = {}
+    for grouped in (False, True):
+        folder = tmp_path / str(grouped)
+        write_tiny_calibration(folder, model, grouped=grouped)
+        export(folder, tmp_path / f"artifact-{grouped}", runtime=RuntimeChoice(architectures=()))
+        artifact = tmp_path / f"artifact-{grouped}"
+        said[grouped] = generate(model, CQCache.from_pretrained(artifact, model))
+    assert said[True] != said[False]
+    code = USE.replace("LOAD", WITHOUT_CQTOOL).replace("MORE", "")
+    code = code.replace("TESTS", repr(str(ROOT / "tests")))
+    model.save_pretrained(tmp_path / "model")
+    arguments = (str(tmp_path / "artifact-True"), str(tmp_path / "model"))
+    done = run(code, arguments=arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    # In plain torch and on the kernels' reference.
+    assert result["texts"] == [said[True]] * 2
+    assert result["cqtool"] == []
 
 
 def start(folder: Path, name: str = "cq_runtime_under_test") -> Any:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from synthetic_artifact import config
+from synthetic_artifact import config, edit_json
 
 from cqtool.artifact import runtime_kernels
 from cqtool.artifact.runtime_kernels import artifact_variants, compile_kernels, unsupported
+from cqtool.codebooks.grouping import choose_groups
+from cqtool.geometry import NO_ROTATION
+from cqtool.kernels.decode.config import DecodeCase, choose
+from cqtool.kernels.decode.op import variants
+from cqtool.kernels.decode.tables import LayerTables
 from cqtool.kernels.encode import Encoder
 from cqtool.kernels.encode import op as encode_op
+from cqtool.kernels.encode.config import EncodeCase, encode_variant
 from cqtool.kernels.layout import CodeFormat, plan_keys
 from cqtool.kernels.variants import ARCHITECTURES, Variant
 from cqtool.layout.config import CQConfig, read_config
@@ -176,3 +183,68 @@ def test_a_kernel_of_another_compiler_is_not_taken_from_the_cache(
     for compiler in ("NVRTC 13.0", "NVRTC 13.0", "NVRTC 13.5"):
         runtime_kernels._compile_once(variant, "sm_90", "sources", compiler)
     assert len(compiled) == 2
+
+
+def grouped(folder: Path, keys: str, style: str) -> tuple[CQConfig, dict[str, torch.Tensor]]:
+    """Two layers of 3 heads, each with groups of its own; and their channels by name."""
+    config_of(folder, dim=128, rotations=({"style": style},) * 2)
+    edit_json(
+        folder / "cq_config.json",
+        lambda raw: [
+            raw["cache"][kind].update(grouping=how)
+            for kind, how in (("key", keys), ("value", "correlation"))
+        ],
+    )
+    config = read_config(folder)
+    generator = torch.Generator().manual_seed(0)
+    channels = {}
+    for index, layer in enumerate(config.geometry.layers):
+        for kind, how in (("key", keys), ("value", "correlation")):
+            samples = torch.randn(200, 3, 128, generator=generator)
+            turned = layer.rotation if kind == "key" else NO_ROTATION
+            order = choose_groups(samples, how, 8, turned)  # type: ignore[arg-type]
+            assert order is not None
+            channels[f"layers.{index}.{kind}.channels"] = order
+    return config, channels
+
+
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize(
+    ("keys", "pairing", "slow"),
+    # Pairs of all speeds meet in closed groups; "scatter" has them in the model's order.
+    [("pairs", "closed", 0), ("correlation", "scatter", 1)],
+    ids=["pairs", "correlation"],
+)
+def test_a_cache_of_chosen_groups_asks_for_kernels_that_are_shipped(
+    tmp_path: Path, keys: str, pairing: str, slow: int, style: str
+) -> None:
+    config, channels = grouped(tmp_path, keys, style)
+    rows = {name: tuple(map(tuple, order.tolist())) for name, order in channels.items()}
+    shipped = set(artifact_variants(config, "sm_90", rows))
+    rotation = config.geometry.layers[0].rotation
+    codebook = torch.randn(3, 16, 256, 8)
+    asked: set[Variant] = set()
+    for index in range(2):
+        orders = [channels[f"layers.{index}.{kind}.channels"] for kind in ("key", "value")]
+        tables = LayerTables(codebook, codebook, rotation, *orders)
+        assert tables.pairing == pairing
+        # Bases of a Llama 2, a Llama 3 and a Qwen of long texts.
+        for base in (1e4, 5e5, 1e7):
+            turns_slowly = tables.rope(base ** (-torch.arange(0, 128, 2) / 128)).slow
+            for tokens in range(1, 9):
+                case = DecodeCase(
+                    128, 128, 8, 8, 8, 8, 3 * tokens, tables.pairing, True, turns_slowly, "bfloat16"
+                )
+                launch = choose(case, 90)
+                assert launch is not None
+                asked |= {variant for _, variant in variants(launch)}
+        encoders = {
+            "key": Encoder(codebook, tables.plans, rotation=rotation),
+            "value": Encoder(codebook, tables.value_format, permutation=orders[1]),
+        }
+        for kind, encoder in encoders.items():
+            case_of = EncodeCase(128, 8, 8, "float16", kind == "key", False, 4, encoder._neighbours)
+            asked.add(encode_variant(replace(case_of, unrotate=kind == "key")))
+    assert max(d["SLOW"] for d in defines(list(asked), "decode")) == slow
+    assert asked <= shipped
+    assert not asked <= set(artifact_variants(config, "sm_90"))

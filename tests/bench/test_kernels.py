@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cqtool.bench import encode, kernels
 from cqtool.bench.encode import EncodeProblem, bench_encode
-from cqtool.bench.formats import parse_formats
+from cqtool.bench.formats import BenchFormat, parse_formats
 from cqtool.bench.kernels import KernelSettings, bench_decode
 from cqtool.bench.models import find_target
 from cqtool.bench.problem import AttentionLoad, CodedProblem, DenseProblem
@@ -62,6 +63,30 @@ def test_the_float64_answer_is_that_of_the_operator(name: str) -> None:
     (format,) = parse_formats([name])
     problem = CodedProblem(LOAD, format, torch.float32, CPU)
     assert problem.error() < 1e-5
+
+
+def regrouped(format: BenchFormat, heads: int, dim: int) -> BenchFormat:
+    """The format with random channels in its groups, other ones in each head."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = (
+        torch.stack([torch.randperm(dim, generator=generator) for _ in range(heads)]) for _ in KINDS
+    )
+    return replace(format, channels=((key, value),))
+
+
+def test_groups_of_any_channels_are_timed_and_checked_as_they_are() -> None:
+    (plain,) = parse_formats(["cq-8c8b"])
+    format = regrouped(plain, LOAD.kv_heads, LOAD.head_dim)
+    problem = CodedProblem(LOAD, format, torch.float32, CPU)
+    assert problem.tables.pairing == "scatter"
+    assert problem.error() < 1e-5
+    target, settings = find_target("tiny"), KernelSettings(CPU, torch.float16)
+    format = regrouped(plain, target.shape.kv_heads, target.shape.head_dim)
+    for kind in KINDS:
+        encoding = EncodeProblem(target, format, kind, 2, 33, 0, settings)
+        assert abs(encoding.excess()) < 1e-5
+        encoding.channels = None
+        assert encoding.excess() > 0.1
 
 
 def test_a_wrong_code_and_a_missing_number_are_found() -> None:
@@ -173,6 +198,7 @@ def test_tables_say_what_is_slower_and_what_was_not_timed(settings: KernelSettin
         "decode": [found],
         "encode": [],
         "end_to_end": [],
+        "kmeans": [],
         "settings": {"dtype": "float16"},
     }
     (table,) = tables(report)

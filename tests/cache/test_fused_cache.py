@@ -9,7 +9,7 @@ import contextlib
 
 import pytest
 import torch
-from formats import RecordingCache, kernel_format, random_format
+from formats import RecordingCache, kernel_format, random_format, regrouped
 from transformers import DynamicCache
 from transformers.masking_utils import (
     and_masks,
@@ -121,6 +121,39 @@ def test_formats_of_keys_and_values_are_independent(key, value, attended):
     format = kernel_format(model, key=key, value=value, window=2, sinks=1)
     same(model, format, lambda cache: feed(model, cache, ids, [20, 1, 1, 4, *[1] * 4]))
     assert len(attended) == 3 * 7
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "keys", "pairing"),
+    [
+        ("wide-llama", (8, 8), "random", "scatter"),
+        ("wide-llama", (8, 8), "pairs", "closed"),
+        ("wide-llama", (4, 8), "mixed", "scatter"),
+        ("wide-llama", (2, 8), "pairs", "scatter"),
+        ("wide-llama", (4, 8), "shuffled", "paired"),
+        ("wide-phi", (8, 8), "pairs", "closed"),
+        ("wide-phi", (4, 8), "random", "scatter"),
+        ("wide-cohere2", (8, 8), "pairs", "closed"),
+        ("wide-gpt2", (8, 8), "random", "paired"),
+    ],
+)
+@pytest.mark.parametrize("window", [0, 5])
+def test_groups_of_any_channels_of_each_head(name, key, keys, pairing, window, attended):
+    model = tiny(name)
+    ids, mask = random_ids(2, 40), padded(2, 40, 0, 3)
+    plain = kernel_format(model, key=key, window=window, sinks=1)
+    format = regrouped(plain, keys)
+    sizes = [15, 1, 1, 5, 12, *[1] * 5]
+    fused = same(model, format, lambda cache: feed(model, cache, ids, sizes, mask)[:, 3:])
+    turned = [layer for layer in fused.layers if layer.key_rotation.style != "none"]
+    assert {layer.kernels.tables.pairing for layer in turned or fused.layers} == {pairing}
+    # In the pass over 12 tokens everything is decoded.
+    assert {tokens for _, tokens in attended} == {1, 5}
+    with torch.no_grad():
+        grouped, contiguous = (
+            feed(model, CQCache(one, model, "fused"), ids, [30, 1, 1]) for one in (format, plain)
+        )
+    assert not torch.allclose(grouped[:, -1], contiguous[:, -1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["wide-llama", "wide-mistral", "wide-gemma2", "wide-gpt2"])

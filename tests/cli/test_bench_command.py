@@ -76,6 +76,7 @@ SCHEMA: dict[str, Any] = {
                 "required": ["shape", "prompt", "new", "dtype", "largest", "rows", "unavailable"],
             },
         },
+        "kmeans": {"type": "array"},
         "skipped": {"type": "array"},
     },
     "additionalProperties": False,

@@ -18,9 +18,13 @@ from safetensors.torch import load_file
 from cqtool.cache import CQCache
 from cqtool.codebooks import calibrate as module
 from cqtool.codebooks.calibrate import calibrate, partial_folder
+from cqtool.codebooks.engines import FaissEngine
+from cqtool.codebooks.grouping import choose_groups
 from cqtool.errors import ArtifactError, DataError, EnvironmentProblem, RecipeError, SampleError
 from cqtool.files import sha256_file
+from cqtool.geometry import NO_ROTATION
 from cqtool.models.load import open_model
+from cqtool.models.probe import read_geometry
 from cqtool.recipe import load_recipe
 from cqtool.sampling import SampleStore
 
@@ -251,3 +255,50 @@ def test_two_at_once_into_one_folder(tiny_model_dir, tiny_text_file, tmp_path):
         (message,) = [text for text, code in ends if code == 2]
         assert "Another cqtool" in message
     assert (out / "codebooks.safetensors").is_file()
+
+
+def test_chosen_groups_are_written_resumed_and_loaded(
+    opened, tiny_text_file, tmp_path, monkeypatch
+):
+    recipe = small_recipe(tiny_text_file, grouping="pairs")
+    out, other, name = tmp_path / "cal", tmp_path / "other", "codebooks.safetensors"
+    calibrate(opened, recipe, out)
+    tensors = load_file(out / name)
+    store, geometry = SampleStore.open(out), read_geometry(opened.model)
+    for layer in range(2):
+        rotation = geometry.layers[layer].rotation
+        for kind, grouping in (("key", "pairs"), ("value", "correlation")):
+            stored = tensors[f"layers.{layer}.{kind}.channels"]
+            assert stored.dtype == torch.int16
+            turned = rotation if kind == "key" else NO_ROTATION
+            expected = choose_groups(store.load(layer, kind), grouping, 8, turned)
+            assert torch.equal(stored.long(), expected)
+    assert len(tensors) == 8
+    cache = json.loads((out / "cq_config.json").read_text())["cache"]
+    assert (cache["key"]["grouping"], cache["value"]["grouping"]) == ("pairs", "correlation")
+    codec = CQCache.from_pretrained(out, opened.model).layers[1].codecs.value
+    assert torch.equal(codec.channels, tensors["layers.1.value.channels"].long())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_codebooks", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            calibrate(opened, recipe, other)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "fit_layer", lambda *a: pytest.fail("fitted again"))
+        calibrate(opened, recipe, other, resume=True)
+    assert (other / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_fits_of_other_groups_are_not_taken_for_ones_own(opened, tiny_text_file, tmp_path):
+    plain, grouped = (
+        small_recipe(tiny_text_file, grouping=how) for how in ("contiguous", "correlation")
+    )
+    calibrate(opened, plain, tmp_path / "cal")
+    store, geometry = SampleStore.open(tmp_path / "cal"), read_geometry(opened.model)
+    engine, work = FaissEngine(5, "kmeans++"), tmp_path / "fits"
+    fits = [
+        module.fit_codebooks(store, geometry, recipe, engine, work) for recipe in (plain, grouped)
+    ]
+    assert fits[0][0].channels == {"key": None, "value": None}
+    assert fits[1][0].channels["key"] is not None
+    assert not torch.equal(fits[0][0].codebooks["key"], fits[1][0].codebooks["key"])

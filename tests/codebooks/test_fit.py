@@ -15,7 +15,9 @@ from cqtool.codebooks.fit import (
     fisher_weights,
     fit_layer,
 )
+from cqtool.codebooks.grouping import choose_groups
 from cqtool.errors import RecipeError, SampleError
+from cqtool.geometry import NO_ROTATION, KeyRotation
 from cqtool.models.probe import read_geometry
 from cqtool.progress import SILENT
 from cqtool.spec import CacheSpec, CQSpec
@@ -80,9 +82,11 @@ def test_kmeans_plus_plus_finds_rare_clusters_that_random_samples_miss():
         [spread(i, 2000 if i == 0 else 20) + centre for i, centre in enumerate(centres)]
     ).astype(np.float32)
     plus, chance = (
-        FaissEngine(10, init).fit(points, None, 16, seed=0).error for init in ("kmeans++", "random")
+        [FaissEngine(10, init).fit(points, None, 16, seed).error for seed in range(10)]
+        for init in ("kmeans++", "random")
     )
-    assert plus < 3 and chance > 10 * plus
+    # k-means++ may miss one of them, too.
+    assert min(plus) < 3 and np.mean(chance) > 20 * np.mean(plus)
 
 
 def test_weighting_moves_precision_to_where_the_weight_is():
@@ -127,26 +131,6 @@ def test_fits_run_side_by_side_also_after_one_in_the_main_thread(monkeypatch):
     engine = FaissEngine(5, "random")
     engine.fit(spread(), None, 8, seed=0)
     assert engine.threads == 3
-
-
-def test_auto_takes_the_gpu_only_where_it_is_faster(monkeypatch):
-    from cqtool.recipe import KMeans
-
-    faiss = engines.import_faiss()
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
-    monkeypatch.setattr(faiss, "omp_get_max_threads", lambda: 16)
-
-    def where(device, engine, samples, centroids):
-        settings = KMeans(engine=engine, iterations=100)
-        made = engines.make_engine(settings, device, samples=samples, centroids=centroids)
-        return made.detail.rsplit(" ", 1)[1]
-
-    assert where("cuda", "faiss", 8192, 256) == "GPU"
-    assert where("cuda", "auto", 8192, 256) == "CPU"
-    assert where("cuda", "auto", 1 << 20, 1024) == "GPU"
-    assert where("cpu", "faiss", 1 << 20, 1024) == "CPU"
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0, raising=False)
-    assert where("cuda", "faiss", 8192, 256) == "CPU"
 
 
 def test_more_centroids_than_samples_is_refused_before_and_during():
@@ -233,3 +217,57 @@ def test_values_beyond_float16_are_kept_in_bfloat16():
         )
     assert fit.codebooks["value"].dtype == torch.bfloat16
     assert fit.codebooks["value"].isfinite().all()
+
+
+class CorrelatedStore:
+    """Two heads of eight channels that depend on each other, keys and values in their own way."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(5)
+        self.samples, self.gradients = {}, {}
+        for kind in ("key", "value"):
+            mix = torch.randn(2, 8, 8, generator=generator)
+            plain = torch.randn(300, 2, 8, generator=generator)
+            self.samples[kind] = torch.einsum("thd,hde->the", plain, mix)
+            self.gradients[kind] = torch.randn(300, 2, 8, generator=generator)
+
+    def load(self, layer, kind):
+        return self.samples[kind]
+
+    def load_gradients(self, layer, kind):
+        return self.gradients[kind]
+
+
+@pytest.mark.parametrize("keys", ["correlation", "pairs"])
+def test_groups_are_chosen_first_and_their_channels_fitted_together(keys):
+    store, rotation = CorrelatedStore(), KeyRotation("half", 8)
+    spec = CacheSpec(CQSpec(4, 3, keys), CQSpec(2, 3, "correlation"))
+    engine = FaissEngine(20, "kmeans++")
+    with SILENT.task("fit", 1) as task:
+        fit = fit_layer(store, 3, spec, "fisher", engine, 1, task, rotation)
+    for kind, size in (("key", 4), ("value", 2)):
+        turned = rotation if kind == "key" else NO_ROTATION
+        order = choose_groups(store.samples[kind], spec.code(kind).grouping, size, turned)
+        assert torch.equal(fit.channels[kind], order)
+        assert not torch.equal(order, order.sort(dim=1).values)
+        for head in range(2):
+            for group in range(8 // size):
+                members = order[head, group * size : (group + 1) * size]
+                alone = engine.fit(
+                    store.samples[kind][:, head, members].numpy(),
+                    store.gradients[kind][:, head, members].square().sum(-1).numpy(),
+                    8,
+                    codebook_seed(1, 3, kind, head, group),
+                )
+                np.testing.assert_allclose(
+                    fit.codebooks[kind][head, group].numpy(), alone.centroids, rtol=2e-3, atol=1e-4
+                )
+
+
+def test_contiguous_groups_have_no_channels():
+    spec = CacheSpec(CQSpec(4, 3), CQSpec(2, 3, "correlation"))
+    with SILENT.task("fit", 1) as task:
+        fit = fit_layer(
+            CorrelatedStore(), 0, spec, "uniform", FaissEngine(5, "kmeans++"), 0, task, NO_ROTATION
+        )
+    assert fit.channels["key"] is None and fit.channels["value"] is not None

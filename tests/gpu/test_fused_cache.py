@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as tf
-from formats import kernel_format
+from formats import kernel_format, regrouped
 from transformers import DynamicCache
 from zoo import random_ids, tiny
 
@@ -64,9 +64,12 @@ def run(model, format, implementation, ids, sizes, mask):
     return cache, torch.cat(logits[1:], dim=1)
 
 
-def check(name, dtype, sizes, *, padding=5, **options):
+def check(name, dtype, sizes, *, padding=5, keys=None, **options):
     model = tiny(name, dtype=dtype).cuda()
-    format = kernel_format(tiny(name), **options).to(torch.device("cuda"))
+    format = kernel_format(tiny(name), **options)
+    if keys is not None:
+        format = regrouped(format, keys)
+    format = format.to(torch.device("cuda"))
     ids = random_ids(3, sum(sizes)).cuda()
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0
@@ -118,6 +121,30 @@ def test_formats_of_keys_and_values(key, value, attended):
     sizes = [300, *[1] * 10, 4]
     check("wide-llama-128", torch.float16, sizes, key=key, value=value, window=7, sinks=1)
     assert len(attended) == 2 * 11
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "key", "keys", "pairing"),
+    [
+        ("wide-llama-128", (8, 8), "random", "scatter"),
+        ("wide-llama-128", (8, 8), "pairs", "closed"),
+        ("wide-llama-128", (4, 8), "pairs", "closed"),
+        ("wide-llama", (4, 8), "mixed", "scatter"),
+        ("wide-llama", (2, 8), "random", "scatter"),
+        ("wide-llama", (4, 8), "shuffled", "paired"),
+        ("wide-llama-128", (8, 10), "pairs", "closed"),
+        ("wide-phi", (8, 8), "pairs", "closed"),
+        ("wide-cohere2", (8, 8), "random", "scatter"),
+        ("wide-gpt2", (8, 8), "random", "paired"),
+    ],
+)
+def test_groups_of_any_channels_of_each_head(name, key, keys, pairing, dtype, attended):
+    sizes = [300, *[1] * 20, 4, 30, 1]
+    cache = check(name, dtype, sizes, key=key, keys=keys, window=7, sinks=2)
+    assert pairing in {layer.kernels.tables.pairing for layer in cache.layers}
+    # In the pass over 30 tokens everything is decoded.
+    assert len(attended) == 22 * len(cache.layers)
 
 
 def test_generation_beams_and_drafts_run_through():

@@ -15,7 +15,7 @@ from synthetic_artifact import codebooks, edit_json
 
 from cqtool.artifact.measured import read_quality
 from cqtool.errors import ArtifactError
-from cqtool.layout.codebook_file import check_codebooks
+from cqtool.layout.codebook_file import check_codebooks, read_channels
 from cqtool.layout.config import read_config
 
 
@@ -211,3 +211,67 @@ def test_quality_is_optional_but_not_half_there(calibration: Path) -> None:
         read_quality(calibration)
     path.unlink()
     assert read_quality(calibration) is None
+
+
+def grouped(folder: Path, **changes: Any) -> Path:
+    """The synthetic calibration with keys in pairs; a change of None leaves a tensor out."""
+    edit_json(folder / "cq_config.json", lambda c: c["cache"]["key"].update(grouping="pairs"))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    channels = {f"layers.{i}.key.channels": torch.stack((order, order.flip(0))) for i in (0, 1)}
+    tensors = codebooks() | channels | changes
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "codebooks.safetensors")
+    return folder
+
+
+def test_channels_of_groups_are_read_as_they_were_written(calibration: Path) -> None:
+    assert read_channels(calibration, read_config(calibration)) == {}
+    grouped(calibration)
+    config = read_config(calibration)
+    assert config.cache.key.grouping == "pairs"
+    assert config.cache.value.grouping == "contiguous"
+    assert config.channels_shapes == {f"layers.{i}.key.channels": (2, 16) for i in (0, 1)}
+    assert check(calibration) == (calibration / "codebooks.safetensors").stat().st_size
+    tensors = load_file(calibration / "codebooks.safetensors")
+    found = read_channels(calibration, config)
+    assert found.keys() == config.channels_shapes.keys()
+    for name, rows in found.items():
+        assert [list(row) for row in rows] == tensors[name].tolist()
+
+
+def order_with(head: int, place: int, channel: int) -> torch.Tensor:
+    order = torch.arange(16, dtype=torch.int16).repeat(2, 1)
+    order[head, place] = channel
+    return order
+
+
+@pytest.mark.parametrize(
+    ("channels", "says"),
+    [
+        (None, "layers.1.key.channels"),
+        (torch.arange(16).repeat(2, 1), r"is I64 .* should be I16 \[2, 16\]"),
+        (torch.arange(16, dtype=torch.int16), r"should be I16 \[2, 16\]"),
+        (torch.zeros(2, 16).half(), "should be I16"),
+        (order_with(1, 15, 14), "every channel of a head once"),
+        (order_with(0, 0, -1), "every channel of a head once"),
+        (order_with(0, 3, 16), "every channel of a head once"),
+    ],
+)
+def test_channels_that_are_no_permutation_are_refused(
+    calibration: Path, channels: torch.Tensor | None, says: str
+) -> None:
+    grouped(calibration, **{"layers.1.key.channels": channels})
+    with pytest.raises(ArtifactError, match=says):
+        check(calibration)
+    with pytest.raises(ArtifactError, match=says):
+        read_channels(calibration, read_config(calibration))
+
+
+def test_channels_belong_to_groups_that_are_not_contiguous(calibration: Path) -> None:
+    grouped(calibration, **{"layers.0.value.channels": order_with(0, 0, 0)})
+    with pytest.raises(ArtifactError, match=r"layers\.0\.value\.channels"):
+        check(calibration)
+    grouped(calibration)
+    edit_json(calibration / "cq_config.json", lambda c: c["cache"]["key"].pop("grouping"))
+    with pytest.raises(ArtifactError, match=r"layers\.0\.key\.channels"):
+        check(calibration)

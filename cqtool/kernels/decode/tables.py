@@ -68,7 +68,7 @@ class LayerTables:
         self.rotation = rotation
         self.kv_heads = key_codebook.shape[0]
         device = key_codebook.device
-        self.plans = _plans(self.key_format, rotation, key_permutation, self.kv_heads)
+        self.plans = key_plans(self.key_format, rotation, key_permutation, self.kv_heads)
         self.pairing = self.plans[0].pairing
         self.key_table = torch.cat(
             [key_table(key_codebook[h : h + 1], plan) for h, plan in enumerate(self.plans)]
@@ -113,9 +113,17 @@ def _format(codebook: Tensor) -> CodeFormat:
     return CodeFormat(groups * channels, channels, centroids.bit_length() - 1)
 
 
-def _plans(
+def key_plans(
     format: CodeFormat, rotation: KeyRotation, permutation: Tensor | None, kv_heads: int
 ) -> list[KeyPlan]:
+    """The plan of each key head, all of one pairing.
+
+    Args:
+        format: of the keys.
+        rotation: how RoPE pairs the channels of a head.
+        permutation: as :class:`LayerTables` takes it.
+        kv_heads: how many heads there are.
+    """
     if permutation is None:
         return [plan_keys(format, rotation)] * kv_heads
     rows = permutation.expand(kv_heads, -1).tolist()

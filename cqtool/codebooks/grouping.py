@@ -1,0 +1,162 @@
+"""Which channels of a head are coded together: groups chosen by how channels correlate.
+
+Coupling pays where channels depend on each other. Contiguous groups couple whatever the model's
+weights happen to put side by side, as Zhang et al. (arXiv 2405.03917) do; here each head's channels
+are gathered greedily by absolute correlation, which is in the spirit of TaSQ's covariance groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cqtool.errors import RecipeError
+from cqtool.geometry import KeyRotation, ModelGeometry
+from cqtool.spec import CacheSpec, Grouping
+
+
+def choose_groups(
+    samples: Tensor, grouping: Grouping, channels: int, rotation: KeyRotation
+) -> Tensor | None:
+    """Choose the groups of every head of a layer.
+
+    Args:
+        samples: ``[tokens, kv_heads, head_dim]``, keys before RoPE.
+        grouping: how; ``pairs`` chooses as ``correlation`` does where the layer turns nothing.
+        channels: channels of a group, a divisor of head_dim.
+        rotation: how RoPE turns these samples; that of values is ``NO_ROTATION``.
+
+    Returns:
+        int64 ``[kv_heads, head_dim]``: place p of the grouped order holds model channel
+        ``result[h, p]``. Channels of a group ascend, and so do the groups' first channels. None
+        for contiguous groups.
+
+    Raises:
+        RecipeError: ``pairs`` with an odd number of channels.
+    """
+    if grouping == "contiguous":
+        return None
+    if grouping == "pairs" and rotation.style != "none":
+        return pair_groups(samples, channels, rotation)
+    return correlation_groups(samples, channels)
+
+
+def check_grouping(spec: CacheSpec, geometry: ModelGeometry) -> None:
+    """Refuse groups of RoPE pairs where there can be none, before anything is sampled.
+
+    Raises:
+        RecipeError: the model turns no keys, or a group would have to cut a pair.
+    """
+    if spec.key.grouping != "pairs":
+        return
+    _check_even(spec.key.channels)
+    if all(layer.rotation.style == "none" for layer in geometry.layers):
+        raise RecipeError(
+            "The grouping 'pairs' keeps RoPE's pairs of key channels together, but this model has "
+            "no RoPE; use 'correlation'."
+        )
+
+
+def correlation_groups(samples: Tensor, channels: int) -> Tensor:
+    """Groups of channels, greedy by absolute correlation.
+
+    A group starts with the free channel of the largest total correlation to the free ones; then
+    the free channel with the largest sum over the group joins, until the group is full. Of equals
+    the lowest is taken.
+
+    Args:
+        samples: ``[tokens, kv_heads, head_dim]``.
+        channels: channels of a group.
+
+    Returns:
+        As :func:`choose_groups`.
+    """
+    return _ordered(_greedy(absolute_correlation(samples), channels))
+
+
+def pair_groups(samples: Tensor, channels: int, rotation: KeyRotation) -> Tensor:
+    """As :func:`correlation_groups`, but the two channels that RoPE turns together stay together.
+
+    Pairs take the place of channels: how two pairs correlate is the sum over their channels.
+    Channels that are not turned form pairs with their neighbours.
+
+    Raises:
+        RecipeError: `channels` is odd, or nothing is turned.
+    """
+    _check_even(channels)
+    if rotation.style == "none":
+        raise RecipeError("A layer without RoPE has no pairs; use the grouping 'correlation'.")
+    pairs = rope_pairs(rotation, samples.shape[2])
+    single = absolute_correlation(samples)[:, pairs.flatten()][:, :, pairs.flatten()]
+    count = len(pairs)
+    between = single.view(-1, count, 2, count, 2).sum(dim=(2, 4))
+    between.diagonal(dim1=1, dim2=2).zero_()
+    return _ordered(pairs[_greedy(between, channels // 2)].flatten(2))
+
+
+def rope_pairs(rotation: KeyRotation, dim: int) -> Tensor:
+    """The pairs of a head's channels, int64 ``[dim / 2, 2]``, turned ones first."""
+    turned = torch.arange(rotation.dim) + rotation.offset
+    pairs = turned.view(2, -1).T if rotation.style == "half" else turned.view(-1, 2)
+    still = torch.ones(dim, dtype=torch.bool)
+    still[turned] = False
+    return torch.cat((pairs, still.nonzero().view(-1, 2)))
+
+
+def absolute_correlation(samples: Tensor) -> Tensor:
+    """Pearson's correlation of each head's channels, without sign.
+
+    Args:
+        samples: ``[tokens, kv_heads, head_dim]``.
+
+    Returns:
+        float64 ``[kv_heads, head_dim, head_dim]``; 0 on the diagonal, and for a channel that never
+        changes.
+    """
+    found = []
+    for head in samples.unbind(dim=1):  # one at a time: float64 copies are large
+        centred = head.double() - head.double().mean(dim=0)
+        length = centred.norm(dim=0)
+        # Rounding leaves a constant channel a spread of its own size times 1e-16.
+        varies = length > 1e-12 * head.double().norm(dim=0)
+        unit = torch.where(varies, centred / length.where(varies, torch.ones_like(length)), 0.0)
+        found.append((unit.T @ unit).abs())
+    correlation = torch.stack(found)
+    correlation.diagonal(dim1=1, dim2=2).zero_()
+    return correlation
+
+
+def _greedy(strength: Tensor, size: int) -> Tensor:
+    """Groups of `size` of n units a head, by ``strength [heads, n, n]``: ``[heads, n/size, size]``.
+
+    All heads go side by side.
+    """
+    heads, units, _ = strength.shape
+    head = torch.arange(heads)
+    free = torch.ones(heads, units, dtype=torch.bool)
+    groups = torch.empty(heads, units // size, size, dtype=torch.long)
+    for group in range(units // size):
+        score = (strength * free[:, None]).sum(dim=2)
+        for place in range(size):
+            # argmax takes the first of equal ones.
+            taken = score.masked_fill(~free, -1.0).argmax(dim=1)
+            groups[:, group, place] = taken
+            free[head, taken] = False
+            row = strength[head, taken]
+            score = row if place == 0 else score + row
+    return groups
+
+
+def _ordered(groups: Tensor) -> Tensor:
+    """``[heads, groups, size]`` sorted within groups, groups by their first: ``[heads, dim]``."""
+    groups = groups.sort(dim=2).values
+    order = groups[:, :, 0].argsort(dim=1)
+    return groups.gather(1, order[:, :, None].expand_as(groups)).flatten(1)
+
+
+def _check_even(channels: int) -> None:
+    if channels % 2:
+        raise RecipeError(
+            f"The grouping 'pairs' keeps two channels together, so groups of {channels} cannot be "
+            "filled; couple an even number of channels, or use 'correlation'."
+        )
