@@ -10,6 +10,7 @@ from cqtool.artifact.card_content import CardContent
 from cqtool.artifact.markdown import one_line
 from cqtool.artifact.measured import QualityReport, QualityRow
 from cqtool.artifact.names import is_hub_id, public_name
+from cqtool.spec import CacheSpec
 
 
 def check_command(content: CardContent, quality: QualityReport, own: QualityRow) -> str:
@@ -48,10 +49,18 @@ def calibrate_command(content: CardContent) -> str:
         ("--sequence-length", data.sequence_length),
         ("--seed", data.seed),
         ("--objective", config.objective),
+        ("--grouping", grouping_option(config.cache)),
         ("--iterations", iterations),
         ("--window", config.cache.window),
         ("--sinks", config.cache.sinks),
     )
+
+
+def grouping_option(cache: CacheSpec) -> str | None:
+    """The option's value; None for the default, and for mixtures that only a recipe can name."""
+    pair = cache.key.grouping, cache.value.grouping
+    names = {("correlation", "correlation"): "correlation", ("pairs", "correlation"): "pairs"}
+    return names.get(pair)
 
 
 def tune_command(content: CardContent) -> str:

@@ -63,6 +63,15 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
+    grouping: Annotated[
+        Literal["contiguous", "correlation", "pairs"] | None,
+        typer.Option(
+            "--grouping",
+            help="Which channels are coded together: neighbours, correlated ones, or correlated "
+            "RoPE pairs.",
+            show_default=False,
+        ),
+    ] = None,
     engine: Annotated[
         Literal["auto", "faiss", "batched"] | None,
         typer.Option(
@@ -114,6 +123,7 @@ def calibrate(
         "calibration.sequence_length": sequence_length,
         "calibration.seed": seed,
         "objective": objective,
+        "grouping": grouping,
         "kmeans.engine": engine,
         "kmeans.iterations": iterations,
         "window": window,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from huggingface_hub import ModelCard
 from synthetic_artifact import config, edit_json, quality
 from typer.main import get_command
 
+from cqtool.artifact.card_commands import grouping_option
 from cqtool.artifact.export import export
 from cqtool.cli.app import app
 from cqtool.models.demo import DEMO_ID
+from cqtool.spec import CacheSpec, CQSpec
 
 
 def card_of(calibration: Path, **options: Any) -> str:
@@ -130,6 +133,38 @@ def test_commands_are_ones_that_cqtool_has(calibration: Path) -> None:
     for _, name, *arguments in commands:
         # Parsing refuses an option that does not exist or a value of the wrong type.
         known[name].make_context(name, list(arguments), resilient_parsing=False)
+
+
+def test_a_tuned_calibration_says_so_and_how(calibration: Path) -> None:
+    assert "cqtool tune" not in card_of(calibration)
+    tuning = {"steps": 30, "learning_rate": 0.02, "batch": 4, "micro_batch": 2, "patience": 4}
+
+    def edit(config: dict[str, Any]) -> None:
+        config.update(tuned=True)
+        config["recipe"].update(tuning=tuning)
+
+    edit_json(calibration / "cq_config.json", edit)
+    text = card_of(calibration, repo_id="org/tiny-cq")
+    assert "then tuned end to end" in text
+    command = text[text.index("cqtool tune") :].split("```")[0].replace("\\\n", " ")
+    assert " ".join(shlex.split(command)) == (
+        "cqtool tune some-org/Tiny-Model --revision 0123abc calibration --out tuned "
+        "--steps 30 --learning-rate 0.02 --batch 4"
+    )
+    _, name, *arguments = shlex.split(command)
+    get_command(app).commands[name].make_context(name, arguments, resilient_parsing=False)
+
+
+def test_the_grouping_is_part_of_the_command() -> None:
+    spec = CQSpec(4, 3)
+    for keys, values, option in (
+        ("contiguous", "contiguous", None),
+        ("correlation", "correlation", "correlation"),
+        ("pairs", "correlation", "pairs"),
+        ("contiguous", "correlation", None),
+    ):
+        cache = CacheSpec(replace(spec, grouping=keys), replace(spec, grouping=values))
+        assert grouping_option(cache) == option
 
 
 def test_a_single_window_has_no_standard_error(calibration: Path) -> None:
