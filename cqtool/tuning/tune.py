@@ -18,7 +18,6 @@ from cqtool.cache.codec import CQCodec
 from cqtool.cache.format import CacheFormat
 from cqtool.cache.loading import load_format
 from cqtool.codebooks.calibrate import exclusive, library_versions, partial_folder
-from cqtool.data import load_windows, resolve_source
 from cqtool.errors import ArtifactError
 from cqtool.files import atomic_dir, atomic_file, digest_json, sha256_file, write_json
 from cqtool.layout.config import (
@@ -32,7 +31,8 @@ from cqtool.layout.config import (
 from cqtool.models.load import OpenedModel
 from cqtool.progress import SILENT, Progress
 from cqtool.quality.simulate import require_simulation
-from cqtool.recipe import Recipe, Tuning
+from cqtool.recipe import Recipe
+from cqtool.sampling import calibration_windows
 from cqtool.spec import KINDS
 from cqtool.strictjson import read_object
 from cqtool.tuning.trainer import History, Trainer
@@ -96,7 +96,12 @@ def tune(
                 "start over with --force."
             )
         format = load_format(calibration, opened.model).to(opened.model.device)
-        windows = _windows(opened, recipe, settings)
+        amount = {
+            "sequences": settings.sequences + settings.held_out,
+            "sequence_length": settings.sequence_length,
+            "seed": settings.seed,
+        }
+        windows = calibration_windows(opened, recipe.calibration.model_copy(update=amount))
         require_simulation(opened.model, format, windows.ids[0])
         trainer = Trainer(
             opened.model,
@@ -134,27 +139,6 @@ def tune(
         _write(calibration, out, trainer.best_format(), recipe, record)
         shutil.rmtree(partial, ignore_errors=True)
     return TuningResult(out, history, time.perf_counter() - started)
-
-
-def _windows(opened: OpenedModel, recipe: Recipe, settings: Tuning) -> Any:
-    text = recipe.calibration
-    source = resolve_source(
-        text.dataset,
-        text.split,
-        model=opened.name,
-        role="calibration",
-        config=text.config,
-        column=text.column,
-        revision=text.revision,
-    )
-    return load_windows(
-        source,
-        opened.tokenizer,
-        sequences=settings.sequences + settings.held_out,
-        length=settings.sequence_length,
-        seed=settings.seed,
-        order="random",
-    )
 
 
 def _train(trainer: Trainer, state: Path, identity: str, progress: Progress) -> History:
