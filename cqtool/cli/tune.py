@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from cqtool.cli.output import Output
 from cqtool.errors import ArtifactError
 from cqtool.layout.config import CALIBRATION_NAME, MAX_JSON_BYTES, REMEDY
 from cqtool.strictjson import read_object
+
+if TYPE_CHECKING:
+    from cqtool.recipe import Recipe
 
 EXAMPLES = (
     "cqtool tune Qwen/Qwen3-0.6B calibration --out tuned",
@@ -117,60 +120,87 @@ def tune(
     defaults = (made_with.tuning or Tuning()).model_dump(mode="json")
     given = {name: value for name, value in settings.items() if value is not None}
     recipe = recipe_of(calibration, {"tuning": defaults | given})
-    _refuse_overwriting(out, calibration, resume=resume, force=force)
+    if _is_finished(out, calibration, recipe, resume=resume, force=force):
+        sink.note(f"The tuning in {out} is complete; nothing to do.")
+    else:
+        from cqtool.models.load import open_model
+        from cqtool.tuning import tune as train
 
-    from cqtool.models.load import open_model
-    from cqtool.tuning import tune as train
-
-    opened = open_model(
-        model,
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        progress=sink.progress(),
-    )
-    try:
-        result = train(
-            opened, calibration, recipe, out, resume=resume, force=force, progress=sink.progress()
+        opened = open_model(
+            model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=sink.progress(),
         )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "What is finished stays; run the same command with --resume to continue."
-        ) from None
-    looks, best = result.history.held_out, result.history.best
+        try:
+            train(
+                opened,
+                calibration,
+                recipe,
+                out,
+                resume=resume,
+                force=force,
+                progress=sink.progress(),
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "What is finished stays; run the same command with --resume to continue."
+            ) from None
+    _report(sink, out, recipe)
+
+
+def _report(sink: Output, out: Path, recipe: Recipe) -> None:
+    record = _record(out)
+    before, after = record["held_out_kl"][0], record["held_out_kl"][record["kept"]]
     sink.result(
         {
             "calibration": str(out),
             "format": recipe.spec.name,
-            "steps": result.history.step,
-            "held_out_kl_before": looks[0],
-            "held_out_kl": looks[best],
-            "seconds": result.seconds,
+            "steps": record["steps"],
+            "held_out_kl_before": before,
+            "held_out_kl": after,
         }
     )
     sink.text(
-        f"{recipe.spec.name}: held-out KL {looks[0]:.4f} before, {looks[best]:.4f} after "
-        f"{result.history.step} steps ({result.seconds:.0f} s)\n{out}"
+        f"{recipe.spec.name}: held-out KL {before:.4f} before, {after:.4f} after "
+        f"{record['steps']} steps\n{out}"
     )
 
 
-def _refuse_overwriting(out: Path, calibration: Path, *, resume: bool, force: bool) -> None:
-    """Refuse before the work what would lose something after it."""
+def _record(folder: Path) -> dict[str, Any]:
+    """What a tuned calibration says of its tuning; empty for any other."""
+    record = read_object(folder / CALIBRATION_NAME, REMEDY, limit=MAX_JSON_BYTES).get("tuning")
+    return record if isinstance(record, dict) else {}
+
+
+def _is_finished(
+    out: Path, calibration: Path, recipe: Recipe, *, resume: bool, force: bool
+) -> bool:
+    """Whether there is nothing left to do; refuses what would lose something."""
+    from cqtool.recipe import recipe_of
+
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file; choose another folder with --out.")
     if out.resolve() == calibration.resolve():
         raise ArtifactError("--out is the calibration itself; choose another folder.")
     if not out.is_dir() or not any(out.iterdir()):
-        return
+        return False
     if not (out / CALIBRATION_NAME).is_file():
         raise ArtifactError(f"{out} holds other files; choose a new folder with --out.")
-    if "tuning" not in read_object(out / CALIBRATION_NAME, REMEDY, limit=MAX_JSON_BYTES):
+    if not _record(out):
         raise ArtifactError(
             f"{out} holds a calibration that was not tuned; choose another folder with --out."
+        )
+    if resume and recipe_of(out).digest != recipe.digest:
+        raise ArtifactError(
+            f"{out} holds a tuning with other settings; choose another folder with --out, or add "
+            "--force without --resume to replace it."
         )
     if not (resume or force):
         raise ArtifactError(
             f"{out} holds a finished tuning; add --force to replace it, or choose another folder "
             "with --out."
         )
+    return resume

@@ -47,12 +47,10 @@ class TuningResult:
     Attributes:
         path: the calibration folder.
         history: losses and held-out figures.
-        seconds: of this run only.
     """
 
     path: Path
     history: History
-    seconds: float
 
 
 def tune(
@@ -132,13 +130,14 @@ def tune(
             "training_kl": history.losses,
             "kept": history.best,
             "steps": history.step,
+            "seconds": round(time.perf_counter() - started, 1),
             "device": str(opened.model.device),
             "dtype": str(opened.model.dtype).removeprefix("torch."),
             "versions": library_versions(),
         }
         _write(calibration, out, trainer.best_format(), recipe, record)
         shutil.rmtree(partial, ignore_errors=True)
-    return TuningResult(out, history, time.perf_counter() - started)
+    return TuningResult(out, history)
 
 
 def _train(trainer: Trainer, state: Path, identity: str, progress: Progress) -> History:

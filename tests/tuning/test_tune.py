@@ -94,6 +94,16 @@ def test_it_can_be_checked_and_exported(tuned, tiny_model_dir, tiny_text_file, t
     assert "tuned end to end" in card and "--learning-rate 0.05" in card
 
 
+def test_a_finished_run_is_not_run_again(tuned, calibration, tiny_model_dir):
+    out, report = tuned
+    stamp = (out / "codebooks.safetensors").stat().st_mtime_ns
+    again = run(tiny_model_dir, calibration, "--out", out, *OPTIONS, "--resume", "--json")
+    assert again.exit_code == 0 and json.loads(again.stdout) == report
+    assert (out / "codebooks.safetensors").stat().st_mtime_ns == stamp
+    other = run(tiny_model_dir, calibration, "--out", out, *OPTIONS, "--resume", "--seed", 3)
+    assert other.exit_code != 0 and "other settings" in " ".join(other.output.split())
+
+
 def test_what_would_be_lost_is_refused(tuned, calibration, tiny_model_dir, tmp_path):
     out, _ = tuned
     (tmp_path / "other").mkdir()
