@@ -30,13 +30,17 @@ def recomputing_layers(model: PreTrainedModel, wanted: bool = True) -> Iterator[
         yield
         return
     layers = _layers(model)
+    # A layer may have a forward of its own already, such as one that fetches its weights.
+    own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = _checkpointed(layer.forward)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, own, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def _checkpointed(forward: Any) -> Any:

@@ -15,6 +15,7 @@ from cqtool.quality.measure import full_logits
 from cqtool.quality.simulate import teacher_forced_logits
 from cqtool.recipe import Tuning
 from cqtool.tuning.loss import divergence
+from cqtool.tuning.memory import recomputing_layers
 from cqtool.tuning.trainer import Trainer, batch_of, step_size
 
 SETTINGS = Tuning(
@@ -95,6 +96,15 @@ def test_smaller_batches_in_memory_and_recomputed_layers_give_the_same_gradient(
     for one, other in zip(plain.codecs, split.codecs, strict=True):
         torch.testing.assert_close(one.delta.grad, other.delta.grad, rtol=1e-3, atol=1e-7)
     assert "forward" not in vars(plain.model.model.layers[0])
+
+
+def test_a_layer_gets_its_own_forward_back():
+    model = tiny("llama")
+    first, second = model.model.layers[:2]
+    first.forward = own = first.forward
+    with recomputing_layers(model):
+        assert first.forward is not own and "forward" in vars(second)
+    assert vars(first)["forward"] is own and "forward" not in vars(second)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
