@@ -92,12 +92,8 @@ def calibrate(
     dtype: options.DtypeOption = "auto",
     revision: options.RevisionOption = None,
     trust_remote_code: options.TrustRemoteCodeFlag = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a run that was stopped, from --out.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the calibration that stands at --out.")
-    ] = False,
+    resume: options.ResumeFlag = False,
+    force: options.ForceFlag = False,
     keep_samples: Annotated[
         bool,
         typer.Option(

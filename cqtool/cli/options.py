@@ -137,3 +137,9 @@ SamplesOption = Annotated[
         show_default=False,
     ),
 ]
+ResumeFlag = Annotated[
+    bool, typer.Option("--resume", help="Continue a run that was stopped, from --out.")
+]
+ForceFlag = Annotated[
+    bool, typer.Option("--force", help="Replace the calibration that stands at --out.")
+]

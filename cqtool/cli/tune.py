@@ -84,12 +84,8 @@ def tune(
     dtype: options.DtypeOption = "auto",
     revision: options.RevisionOption = None,
     trust_remote_code: options.TrustRemoteCodeFlag = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a run that was stopped, from --out.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the calibration that stands at --out.")
-    ] = False,
+    resume: options.ResumeFlag = False,
+    force: options.ForceFlag = False,
     json: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
 ) -> None:

@@ -79,10 +79,7 @@ def add_window(figures: WindowFigures, full: Tensor, logits: Tensor, ids: Tensor
         following = targets[start + 1 : stop + 1]
         rows = torch.arange(following.shape[0], device=found.device)
         nll -= float(found[rows, following].double().sum())
-        share = reference.exp()
-        # Some models mask unused entries of the vocabulary with -inf: 0 * (-inf + inf) is no NaN.
-        terms = torch.where(share > 0, share * (reference - found), 0.0)
-        kl += float(terms.sum(dim=-1).double().sum())
+        kl += float(kl_divergence(reference, found).double().sum())
         same += float((reference.argmax(dim=-1) == found.argmax(dim=-1)).sum())
     if not math.isfinite(nll) or not math.isfinite(kl):
         raise ModelError(
@@ -93,6 +90,13 @@ def add_window(figures: WindowFigures, full: Tensor, logits: Tensor, ids: Tensor
     # Rounding can bring the sum of a lossless cache a little below zero.
     figures.kl.append(max(0.0, kl / tokens))
     figures.top1.append(same / tokens)
+
+
+def kl_divergence(reference: Tensor, found: Tensor) -> Tensor:
+    """KL(reference || found) in nats, ``[...]``, of log-probabilities ``[..., vocabulary]``."""
+    share = reference.exp()
+    # Some models mask unused entries of the vocabulary with -inf: 0 * (-inf + inf) is no NaN.
+    return torch.where(share > 0, share * (reference - found), 0.0).sum(dim=-1)
 
 
 def cache_bytes(model: PreTrainedModel, format: CacheFormat, ids: Tensor) -> tuple[int, int]:

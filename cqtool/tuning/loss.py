@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cqtool.quality.measure import kl_divergence
+
 # Positions whose log-probabilities are held at once, in float32.
 _CHUNK = 1024
 
@@ -30,7 +32,4 @@ def divergence(full: Tensor, logits: Tensor) -> Tensor:
 
 def _summed(teacher: Tensor, student: Tensor) -> Tensor:
     reference = teacher.float().log_softmax(dim=-1)
-    found = student.float().log_softmax(dim=-1)
-    share = reference.exp()
-    # Some models mask unused entries of the vocabulary with -inf: 0 * (-inf + inf) is no NaN.
-    return torch.where(share > 0, share * (reference - found), 0.0).sum()
+    return kl_divergence(reference, student.float().log_softmax(dim=-1)).sum()

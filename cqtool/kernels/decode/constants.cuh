@@ -2,7 +2,7 @@
 // 2 values), KEY_DIM, VALUE_DIM, KEY_CHANNELS, KEY_BITS, VALUE_CHANNELS, VALUE_BITS, ROWS (query rows
 // a warp serves), PAIRING (0 paired, 1 closed, 2 scatter: layout.py), ROTATE, SLOW, DTYPE, SOFTCAP,
 // HAS_MASK, HAS_GAIN, PAGED, WARPS, KEY_PARTS, VALUE_PARTS (passes over parts of the channels), and
-// what was found by measurement: KORD, SHARED_ORDERS, TILES, EVERY, VSEL, VCOPIES.
+// what was found by measurement: KORD, SHARED_ORDERS, TILES, EVERY, VSEL, VCOPIES, VMATRICES.
 #pragma once
 #include "../common.cuh"
 

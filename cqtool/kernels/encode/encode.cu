@@ -61,8 +61,8 @@ struct Place {
 };
 
 DEVICE void copy_async_8(void* shared, const void* global) {
-  u32 address = static_cast<u32>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(global) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;"
+               ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
 // One table (256 centroids of a group) into shared memory; offsets go to both rows of a fragment.
