@@ -19,13 +19,12 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
-    model_validator,
 )
 
 from cqtool.errors import RecipeError
 from cqtool.files import digest_json
 from cqtool.layout.config import CONFIG_NAME, read_config
+from cqtool.recipe_codes import Format, Groups
 from cqtool.recipe_errors import explain
 from cqtool.recipe_texts import CalibrationText, EvaluationText, Fraction, Section, Text
 from cqtool.spec import (
@@ -34,58 +33,13 @@ from cqtool.spec import (
     CQSpec,
     Encoding,
     Gain,
-    Grouping,
     LayerCodes,
     Objective,
+    Sharing,
 )
 from cqtool.yaml_lines import Lines, read_yaml
 
 _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
-
-
-class Format(Section):
-    """Codes of keys and values; a single name in a recipe stands for both."""
-
-    key: str
-    value: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: object) -> object:
-        return {"key": value, "value": value} if isinstance(value, str) else value
-
-    @field_validator("key", "value")
-    @classmethod
-    def _is_a_format(cls, name: str) -> str:
-        try:
-            return CQSpec.parse(name).name
-        except RecipeError as error:
-            raise ValueError(str(error)) from error
-
-    @model_serializer
-    def _to_name(self) -> str | dict[str, str]:
-        return self.key if self.key == self.value else {"key": self.key, "value": self.value}
-
-
-class Groups(Section):
-    """Which channels form groups; a single name stands for keys and values.
-
-    `pairs` alone is that of keys, and `correlation` for values, which nothing turns.
-    """
-
-    key: Grouping = "contiguous"
-    value: Literal["contiguous", "correlation"] = "contiguous"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        return {"key": value, "value": "contiguous" if value == "contiguous" else "correlation"}
-
-    @model_serializer
-    def _to_name(self) -> str | dict[str, str]:
-        return self.key if self.key == self.value else {"key": self.key, "value": self.value}
 
 
 class KMeans(Section):
@@ -141,6 +95,7 @@ class Recipe(Section):
     objective: Objective = "fisher"
     feedback: Literal["none", "ldlq"] = "none"
     gain: Gain = "none"
+    sharing: Sharing = "none"
     kmeans: KMeans = KMeans()
     tuning: Tuning | None = None
     calibration: CalibrationText = CalibrationText()
@@ -184,7 +139,11 @@ class Recipe(Section):
             for kind in KINDS:
                 code, grouping = getattr(format, kind), getattr(self.grouping, kind)
                 yield replace(
-                    CQSpec.parse(code), grouping=grouping, encoding=encoding, gain=self.gain
+                    CQSpec.parse(code),
+                    grouping=grouping,
+                    encoding=encoding,
+                    gain=self.gain,
+                    sharing=self.sharing,
                 )
 
         layers = tuple(
@@ -205,7 +164,7 @@ class Recipe(Section):
             del decisive["tuning"]
         if not self.layers:
             del decisive["layers"]
-        for name in ("feedback", "gain"):
+        for name in ("feedback", "gain", "sharing"):
             if decisive[name] == "none":
                 del decisive[name]
         return digest_json(decisive)

@@ -19,16 +19,20 @@ KINDS: tuple[Kind, Kind] = ("key", "value")
 MAX_BITS = 16
 """Codes are held in at most 16 bits, so that they fit an int16/uint16 anywhere."""
 
-Grouping = Literal["contiguous", "correlation", "pairs"]
-"""Which channels of a head form a group: neighbours; those that correlate; or, for keys, whole RoPE
-pairs that correlate."""
+Grouping = Literal["contiguous", "correlation", "pairs", "file"]
+"""Which channels of a head form a group: neighbours; those that correlate; for keys, whole RoPE
+pairs that correlate; or those that a file lists."""
 
 GROUPED_CHANNELS: dict[Grouping, str] = {
     "contiguous": "neighbouring channels",
     "correlation": "correlated channels",
     "pairs": "channels in correlated RoPE pairs",
+    "file": "given channels",
 }
 """What a group consists of, for people."""
+
+GROUPS_SUFFIX = ".safetensors"
+"""How the name of a file of groups ends, by which a recipe tells it from a grouping's name."""
 
 Objective = Literal["uniform", "fisher", "query"]
 """What k-means makes small: the squared error; the same weighted with squared gradients of the
@@ -44,6 +48,9 @@ Gain = Literal["none", "token"]
 GAIN_BITS = 8
 """Bits of a gain."""
 
+Sharing = Literal["none", "heads"]
+"""Whether each key/value head of a layer has codebooks of its own, or all heads have the same."""
+
 _CQ_NAME = re.compile(r"^cq-(\d{1,3})c(\d{1,2})b$")
 
 
@@ -57,6 +64,7 @@ class CQSpec:
         grouping: which channels these are; the paper takes contiguous ones.
         encoding: how a vector finds its codes; the paper takes the nearest centroids.
         gain: whether each token's vector of a head has a gain of its own.
+        sharing: whether the heads of a layer share their codebooks; in the paper each has its own.
     """
 
     channels: int
@@ -64,6 +72,7 @@ class CQSpec:
     grouping: Grouping = "contiguous"
     encoding: Encoding = "nearest"
     gain: Gain = "none"
+    sharing: Sharing = "none"
 
     def __post_init__(self) -> None:
         if self.channels < 1 or not 1 <= self.bits <= MAX_BITS:
@@ -101,6 +110,10 @@ class CQSpec:
     def bits_per_channel(self) -> float:
         """Bits one channel costs in codes alone."""
         return self.bits / self.channels
+
+    def codebook_heads(self, kv_heads: int) -> int:
+        """Heads that a layer's codebook is stored for: one that stands for all where they share."""
+        return 1 if self.sharing == "heads" else kv_heads
 
 
 @dataclass(frozen=True)

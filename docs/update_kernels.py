@@ -1,9 +1,14 @@
 """Writes the measured tables into docs/kernels.md from the figures in docs/results/gpu.
 
-    python docs/update_kernels.py           rewrite the part between the markers
-    python docs/update_kernels.py --check   only say whether it is current
+    python docs/update_kernels.py           rewrite the parts between the markers
+    python docs/update_kernels.py --check   only say whether they are current
 
-The figures are the JSON of `cqtool bench --suite targets` and `--suite generation`, as they came.
+The figures are the JSON of `cqtool bench`, as it came; what is not there is left out:
+
+    targets.json, generation-*.json     --suite targets, --suite generation
+    groupings*.json                     --part decode --grouping contiguous,pairs,correlation
+    kmeans*.json                        --part kmeans
+    tune-*.json                         --part tune
 """
 
 from __future__ import annotations
@@ -21,7 +26,29 @@ from cqtool.bench.tables import headline, tables
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "kernels.md"
 RESULTS = ROOT / "docs" / "results" / "gpu"
-REPORTS = ("targets.json", "generation-160.json", "generation-4k.json")
+PARTS = {
+    "kernels": ("", ("targets.json", "generation-160.json", "generation-4k.json")),
+    "groupings": (
+        """### Groups of other channels
+
+The tables above are of contiguous groups, which half-split RoPE pairs as they are. Here the same
+codes stand beside groups that are other ones in each head: with `pairs` the keys' plan is closed,
+with `correlation` it is a scatter plan. Values are permuted in both.
+""",
+        ("groupings*.json",),
+    ),
+    "calibrating": (
+        """## Making codebooks
+
+What `cqtool calibrate` and `cqtool tune` spend their time on, with random samples and weights.
+Steps of tuning are timed after the first one, which records a CUDA graph. Sequences go through the
+model as many at a time as fit, and layers are computed again in the backward pass only where
+nothing else fits.
+""",
+        ("kmeans*.json", "tune-*.json"),
+    ),
+}
+"""Of each marker: what stands above its tables, and the names of their reports in order."""
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:
@@ -39,20 +66,24 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
             yield from (f"{note}  " for note in notes)
 
 
-def measured() -> str:
-    """What stands between the markers."""
-    parts = []
-    for name in REPORTS:
-        path = RESULTS / name
-        if path.exists():
-            report = json.loads(path.read_text(encoding="utf-8"))
-            parts.append("\n".join(_lines(report)))
-    return "\n" + "\n\n".join(parts) + "\n\n" if parts else ""
+def measured(part: str) -> str:
+    """What stands between the markers of a part; nothing without figures."""
+    heading, names = PARTS[part]
+    found = [
+        "\n".join(_lines(json.loads(path.read_text(encoding="utf-8"))))
+        for name in names
+        for path in sorted(RESULTS.glob(name))
+    ]
+    if not found:
+        return ""
+    return "\n" + "\n\n".join([*filter(None, [heading.rstrip()]), *found]) + "\n\n"
 
 
 def updated(page: str) -> str:
     """`page` with the current figures."""
-    return replaced(page, "kernels", measured())
+    for part in PARTS:
+        page = replaced(page, part, measured(part))
+    return page
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_the_documented_reader_reads_an_artifact(here, monkeypatch):
     config, tensors = names["open_artifact"](here / "artifact")
     own = load_file(here / "artifact" / "codebooks.safetensors")
     key = {"channels": 4, "bits": 8, "grouping": "contiguous"}
-    key |= {"encoding": "nearest", "gain": "none"}
+    key |= {"encoding": "nearest", "gain": "none", "sharing": "none"}
     assert config["cache"]["key"] == key and tensors.keys() == own.keys()
     generator = torch.Generator().manual_seed(0)
     for codebook in own.values():

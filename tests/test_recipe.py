@@ -203,6 +203,7 @@ def test_the_digest_follows_what_decides_a_calibration_and_nothing_else() -> Non
         "grouping": "pairs",
         "objective": "uniform",
         "gain": "token",
+        "sharing": "heads",
         "kmeans.iterations": 7,
         "calibration.seed": 1,
     }.items():
@@ -223,6 +224,8 @@ def test_groups_are_chosen_for_both_kinds_or_for_each(tmp_path: Path) -> None:
         ("grouping: pairs\n", ("pairs", "correlation")),
         ("grouping: {key: pairs}\n", ("pairs", "contiguous")),
         ("grouping: {value: correlation}\n", ("contiguous", "correlation")),
+        ("grouping: my/groups.safetensors\n", ("file", "file")),
+        ("grouping: {key: pairs, value: file, file: a.safetensors}\n", ("pairs", "file")),
     ):
         recipe = load_recipe(write(tmp_path, MINIMAL + line))
         assert (recipe.spec.key.grouping, recipe.spec.value.grouping) == groups
@@ -235,7 +238,9 @@ def test_groups_are_chosen_for_both_kinds_or_for_each(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ("grouping: correlated", "'correlated' is not possible for 'grouping'. Did you mean "),
-        ("grouping: {value: pairs}", "'grouping.value'. Allowed: contiguous, correlation."),
+        ("grouping: {value: pairs}", "'grouping.value'. Allowed: contiguous, correlation, file."),
+        ("grouping: file", "write {key: file, value: file, file: groups.safetensors}"),
+        ("grouping: {file: groups.safetensors}", "the name needs keys or values to use it for"),
         ("grouping: {keys: pairs}", "unknown key 'grouping.keys'. Did you mean 'key'?"),
     ],
 )
@@ -248,7 +253,7 @@ def test_a_wrong_grouping_is_one_sentence(tmp_path: Path, line: str, says: str) 
 def test_a_recipe_from_before_there_were_groupings_keeps_its_digest() -> None:
     plain = load_recipe("demo")
     fields = plain.model_dump(mode="json")
-    later = ("layers", "grouping", "feedback", "gain")
+    later = ("layers", "grouping", "feedback", "gain", "sharing")
     for judged in ("name", "description", "evaluation", "gates", *later):
         del fields[judged]
     # A later field that is not set may be left out as well.

@@ -103,7 +103,9 @@ def _introduction(config: CQConfig) -> Iterator[str]:
     )
     parts = [
         f"{name}: groups of {code.channels} {GROUPED_CHANNELS[code.grouping]} of a head share one "
-        f"of {code.centroids} learned centroids, a code of {code.bits} bits "
+        f"of {code.centroids} learned centroids"
+        f"{', the same for all heads of a layer' if code.sharing == 'heads' else ''}, "
+        f"a code of {code.bits} bits "
         f"({number(code.bits_per_channel)} per channel)"
         for name, code in (("keys", config.cache.key), ("values", config.cache.value))
     ]

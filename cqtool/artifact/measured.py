@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from cqtool.errors import ArtifactError
 from cqtool.layout.config import MAX_JSON_BYTES, QUALITY_NAME, REPORTS_NAME
@@ -183,6 +183,40 @@ def read_quality(folder: Path) -> QualityReport | None:
         tasks=_scores(root, "tasks"),
         paired=_paired(root) if "paired" in root.values else (),
     )
+
+
+class Scored(Protocol):
+    """What a score is of; `group` is a part of the task, or None for all of it."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def measure(self) -> str: ...
+    @property
+    def group(self) -> str | None: ...
+
+
+AnyScore = TypeVar("AnyScore", bound=Scored)
+
+
+def by_measure(scores: Sequence[AnyScore]) -> list[tuple[str, AnyScore]]:
+    """Scores as tables show them, the formats under each other for every measure of every task.
+
+    Args:
+        scores: of all formats.
+
+    Returns:
+        Each score, and before it what it measures: ``exact``, or of a group of items
+        ``exact, 1024 tokens``.
+    """
+    measures: dict[tuple[str, str, str | None], list[AnyScore]] = {}
+    for one in scores:
+        measures.setdefault((one.task, one.measure, one.group), []).append(one)
+    return [
+        (f"{measure}, {group}" if group else measure, one)
+        for (_, measure, group), alike in measures.items()
+        for one in alike
+    ]
 
 
 def _paired(root: Fields) -> tuple[PairedRow, ...]:

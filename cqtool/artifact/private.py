@@ -1,7 +1,7 @@
 """Paths of this machine, taken out of what is about to be published.
 
-A calibration names its text as the user did, which for a local file is a path. Whoever pulls the
-artifact has no use for more than the file's name.
+A calibration names its text as the user did, which for a local file is a path, and so it does with
+a file of groups. Whoever pulls the artifact has no use for more than the file's name.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from typing import Any
 from cqtool.artifact.names import is_hub_id, public_name
 from cqtool.files import write_json, write_text
 from cqtool.layout.config import MAX_JSON_BYTES, REMEDY
+from cqtool.spec import GROUPS_SUFFIX
 from cqtool.strictjson import read_object
 
 _BUILT_IN = frozenset({"demo", "auto"})
+_NAMES = frozenset({"dataset", "grouping", "file"})
+"""Fields that may hold a path."""
 
 
 def hide_local_paths(files: list[Path]) -> None:
-    """Replace every local data set path in JSON and HTML files by ``./`` and its last part.
+    """Replace every path of a local data set, or of a file of groups, in JSON and HTML files by
+    ``./`` and its last part.
 
     Files without one keep their bytes.
     """
@@ -29,11 +33,11 @@ def hide_local_paths(files: list[Path]) -> None:
         for path in files
         if path.suffix == ".json"
     }
-    found = {name for value in documents.values() for name in _local_datasets(value)}
+    found = {name for value in documents.values() for name in _local_paths(value)}
     public = {name: f"./{public_name(name)}" for name in found}
     public = {name: short for name, short in public.items() if name != short}
     for path, value in documents.items():
-        if any(name in public for name in _local_datasets(value)):
+        if any(name in public for name in _local_paths(value)):
             write_json(path, _replaced(value, public))
     for path in files:
         if path.suffix == ".html":
@@ -44,23 +48,27 @@ def hide_local_paths(files: list[Path]) -> None:
                 write_text(path, text)
 
 
-def _local_datasets(value: Any) -> Iterator[str]:
+def _local_paths(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         name = value.get("dataset")
         if isinstance(name, str) and name not in _BUILT_IN and not is_hub_id(name):
             yield name
+        grouping = value.get("grouping")
+        groups = grouping.get("file") if isinstance(grouping, dict) else grouping
+        if isinstance(groups, str) and groups.endswith(GROUPS_SUFFIX):
+            yield groups
         for item in value.values():
-            yield from _local_datasets(item)
+            yield from _local_paths(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _local_datasets(item)
+            yield from _local_paths(item)
 
 
 def _replaced(value: Any, public: dict[str, str]) -> Any:
     if isinstance(value, dict):
         return {
             key: public.get(item, item)
-            if key == "dataset" and isinstance(item, str)
+            if key in _NAMES and isinstance(item, str)
             else _replaced(item, public)
             for key, item in value.items()
         }

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cqtool.bench.settings import CACHES, DTYPES, PARTS, SUITES, BenchSettings, make_settings
+from cqtool.bench.settings import (
+    CACHES,
+    DTYPES,
+    GROUPINGS,
+    PARTS,
+    SUITES,
+    BenchSettings,
+    make_settings,
+)
 from cqtool.cli.output import Output, write_stderr
 from cqtool.errors import CqtoolError
 from cqtool.files import write_json
@@ -57,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--suite", choices=tuple(SUITES))
     add("--part", dest="parts", action="append", help=", ".join(PARTS))
     add("--format", dest="formats", action="append")
+    add("--grouping", dest="groupings", action="append", help=", ".join(GROUPINGS))
     add("--batch", dest="batches", action="append")
     add("--tokens", action="append")
     add("--prompt-tokens", dest="prompt", type=int)

@@ -118,6 +118,20 @@ class StaticMaker(DynamicMaker):
         return made
 
 
+def bind(format: BenchFormat, model: PreTrainedModel, seed: int) -> CacheFormat:
+    """A format for a model, on its device, with random codebooks or an artifact's."""
+    geometry = read_geometry(model)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    layers = []
+    for index, layer in enumerate(geometry.layers):
+        heads, dim = layer.kv_heads, layer.key_dim
+        books = format.layer_codebooks(index, heads, dim, generator)
+        orders = format.layer_channels(index, heads, dim, layer.rotation, seed)
+        layers.append(LayerCodecs(*map(CQCodec, books, orders)))
+    spec = format.spec
+    return CacheFormat(format.name, geometry, tuple(layers), spec.window, spec.sinks)
+
+
 class CQMaker:
     """cqtool's cache, with random codebooks or an artifact's."""
 
@@ -125,17 +139,9 @@ class CQMaker:
     compiled = False
 
     def __init__(self, model: PreTrainedModel, format: BenchFormat, seed: int) -> None:
-        geometry = read_geometry(model)
-        generator = torch.Generator(device=model.device).manual_seed(seed)
-        layers = []
-        for index, layer in enumerate(geometry.layers):
-            books = format.layer_codebooks(index, layer.kv_heads, layer.key_dim, generator)
-            orders = format.layer_channels(index)
-            layers.append(LayerCodecs(*map(CQCodec, books, orders)))
-        spec = format.spec
         self.model = model
-        self.format = spec.name
-        self.bound = CacheFormat(spec.name, geometry, tuple(layers), spec.window, spec.sinks)
+        self.format = format.name
+        self.bound = bind(format, model, seed)
         self.joins = True
 
     def make(self, rows: int, length: int) -> Cache:

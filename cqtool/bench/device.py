@@ -16,7 +16,14 @@ from cqtool import __version__
 from cqtool.bench.memory import allocator_setting
 from cqtool.errors import EnvironmentProblem
 
-_PACKAGES = ("transformers", "flashinfer-python", "flash-attn", "flash-attn-3", "cuda-core")
+_PACKAGES = (
+    "transformers",
+    "flashinfer-python",
+    "flash-attn",
+    "flash-attn-3",
+    "cuda-core",
+    "triton",
+)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -59,7 +59,9 @@ class EncodeProblem:
         self.is_key, self.past, self.tokens = kind == "key", past, tokens
         self.rotation = format.rotation(0, shape.head_dim)
         self.rates = inverse_frequencies(shape.rope_theta, self.rotation.dim)
-        orders = format.layer_channels(0)
+        orders = format.layer_channels(
+            0, shape.kv_heads, shape.head_dim, self.rotation, settings.seed
+        )
         self.channels = orders[KINDS.index(kind)]
         self.tables = LayerTables(*books, self.rotation, *orders)
         rope = self.tables.rope(self.rates)

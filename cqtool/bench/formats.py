@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cqtool.bench.shapes import Shape
+from cqtool.codebooks.grouping import choose_groups
 from cqtool.errors import ArtifactError, RecipeError
-from cqtool.geometry import KeyRotation, ModelGeometry
-from cqtool.spec import KINDS, CacheSpec, CQSpec, Kind
+from cqtool.geometry import NO_ROTATION, KeyRotation, ModelGeometry
+from cqtool.spec import KINDS, CacheSpec, CQSpec, Grouping, Kind
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,13 @@ class BenchFormat:
 
     @property
     def name(self) -> str:
-        """The format's name."""
-        return self.spec.name
+        """The format's name, and how its channels are grouped where they are not contiguous."""
+        key, value = self.spec.key.grouping, self.spec.value.grouping
+        if key == value == "contiguous":
+            return self.spec.name
+        # Values have no pairs: theirs go by correlation then.
+        same = key == value or (key, value) == ("pairs", "correlation")
+        return f"{self.spec.name} {key if same else f'{key}/{value}'}"
 
     def layer_codebooks(
         self, layer: int, kv_heads: int, head_dim: int, generator: torch.Generator
@@ -65,12 +71,45 @@ class BenchFormat:
         )
         return key, value
 
-    def layer_channels(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+    def layer_channels(
+        self, layer: int, kv_heads: int, head_dim: int, rotation: KeyRotation, seed: int
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Channels of a layer's groups of keys and of values, on the CPU; None for contiguous ones.
 
-        With random codebooks all are contiguous.
+        With random codebooks they are chosen as a calibration does, from noise.
+
+        Args:
+            layer: the layer's index.
+            kv_heads: its key/value heads.
+            head_dim: channels of a head.
+            rotation: how its keys are turned.
+            seed: of the noise.
         """
-        return (None, None) if self.channels is None else self.channels[layer]
+        if self.channels is not None:
+            return self.channels[layer]
+        generator = torch.Generator().manual_seed(seed + layer)
+
+        def choose(code: CQSpec, turned: KeyRotation) -> Tensor | None:
+            noise = torch.randn(2 * head_dim, kv_heads, head_dim, generator=generator)
+            return choose_groups(noise, code.grouping, code.channels, turned)
+
+        return choose(self.spec.key, rotation), choose(self.spec.value, NO_ROTATION)
+
+    @property
+    def of_each_code(self) -> list[BenchFormat]:
+        """A format of one layer for each code: itself, but where layers have codes of their own."""
+        if not self.spec.layers or self.codebooks is None:
+            return [self]
+        first: dict[CacheSpec, int] = {}
+        for layer in range(len(self.codebooks)):
+            first.setdefault(self.spec.of_layer(layer), layer)
+        return [self._only(layer, spec) for spec, layer in first.items()]
+
+    def _only(self, layer: int, spec: CacheSpec) -> BenchFormat:
+        assert self.codebooks and self.geometry and self.channels
+        geometry = replace(self.geometry, layers=(self.geometry.layers[layer],))
+        books, orders = (self.codebooks[layer],), (self.channels[layer],)
+        return BenchFormat(spec, books, geometry, self.source, orders)
 
     def rotation(self, layer: int, rotary_dim: int) -> KeyRotation:
         """How a layer's keys are turned: the artifact's own, else pairs as Llama has them."""
@@ -79,29 +118,50 @@ class BenchFormat:
         return KeyRotation("half", rotary_dim, 0, 0)
 
 
-def parse_formats(names: Sequence[str], window: int = 0, sinks: int = 0) -> list[BenchFormat]:
-    """Formats by name, such as ``cq-8c8b`` or ``k-cq-4c8b-v-cq-8c8b``.
+def parse_formats(
+    names: Sequence[str],
+    window: int = 0,
+    sinks: int = 0,
+    groupings: Sequence[Grouping] = ("contiguous",),
+) -> list[BenchFormat]:
+    """Formats by name, such as ``cq-8c8b`` or ``k-cq-4c8b-v-cq-8c8b``, each with each grouping.
+
+    The grouping ``pairs`` is that of keys; values, which have no pairs, go by correlation then.
 
     Raises:
         RecipeError: a name is none.
     """
-    return [BenchFormat(_parse(name, window, sinks)) for name in names]
+    return [
+        BenchFormat(_parse(name, window, sinks, grouping))
+        for name in names
+        for grouping in groupings
+    ]
 
 
-def _parse(name: str, window: int, sinks: int) -> CacheSpec:
+def _parse(name: str, window: int, sinks: int, grouping: Grouping) -> CacheSpec:
+    key = value = name
     if name.startswith("k-") and "-v-" in name:
         key, value = name.removeprefix("k-").split("-v-", 1)
-        return CacheSpec(CQSpec.parse(key), CQSpec.parse(value), window, sinks)
-    code = CQSpec.parse(name)
-    return CacheSpec(code, code, window, sinks)
+    return CacheSpec(
+        replace(CQSpec.parse(key), grouping=grouping),
+        replace(CQSpec.parse(value), grouping="correlation" if grouping == "pairs" else grouping),
+        window,
+        sinks,
+    )
 
 
 def require_divisible(format: BenchFormat, shape: Shape) -> None:
-    """Refuse a format whose groups do not fill the heads of a shape.
+    """Refuse a format whose groups do not fill the heads of a shape, or cannot hold RoPE's pairs.
 
     Raises:
         RecipeError: they do not.
     """
+    key = format.spec.key
+    if key.grouping == "pairs" and key.channels % 2:
+        raise RecipeError(
+            f"Groups of {key.channels} channels cannot hold whole pairs; choose another --format, "
+            "or --grouping correlation."
+        )
     for kind in KINDS:
         channels = format.spec.code(kind).channels
         if shape.head_dim % channels:
@@ -130,7 +190,9 @@ def open_artifact(path: str) -> BenchFormat:
     tensors = load_file(folder / CODEBOOKS_NAME)
 
     def codebook(layer: int, kind: Kind) -> Tensor:
-        return tensors[codebook_name(layer, kind)].half()
+        heads = config.geometry.layers[layer].kv_heads
+        stored = tensors[codebook_name(layer, kind)].half()
+        return stored.expand(heads, -1, -1, -1).contiguous()  # a shared one, once for each head
 
     def channels(layer: int, kind: Kind) -> Tensor | None:
         found = tensors.get(channels_name(layer, kind))

@@ -123,7 +123,7 @@ class CodedProblem:
         self.codebooks = format.layer_codebooks(0, load.kv_heads, load.head_dim, generator)
         self.rotation = format.rotation(0, load.head_dim)
         self.rates = inverse_frequencies(load.rope_theta, self.rotation.dim)
-        self.channels = format.layer_channels(0)
+        self.channels = format.layer_channels(0, load.kv_heads, load.head_dim, self.rotation, seed)
         self.tables = LayerTables(*self.codebooks, self.rotation, *self.channels)
         self.rope = self.tables.rope(self.rates)
         self.queries = [

@@ -19,7 +19,7 @@ from cqtool.bench.formats import (
 from cqtool.bench.kernels import KernelSettings, bench_decode
 from cqtool.bench.models import Target, find_target, public_name
 from cqtool.bench.problem import AttentionLoad
-from cqtool.bench.settings import BenchSettings, Part
+from cqtool.bench.settings import DEFAULT_BATCHES, BenchSettings, Part
 from cqtool.bench.suites import GENERATIONS, TARGET_LOADS, Generation, decode_target
 from cqtool.bench.timing import measure_bandwidth
 from cqtool.errors import EnvironmentProblem, RecipeError
@@ -28,7 +28,7 @@ from cqtool.progress import SILENT, Progress
 FORMAT_VERSION = 1
 NO_GPU = (
     "Kernel times need a CUDA GPU, and torch sees none (`cqtool doctor` says more). Only the "
-    "parts end-to-end, with small shapes such as tiny, and kmeans run on a CPU."
+    "parts end-to-end and tune, with small shapes such as tiny, and kmeans run on a CPU."
 )
 _ENCODED_PROMPT = 4096
 """Tokens of the prompt whose encoding the targets are about."""
@@ -50,8 +50,8 @@ def run(
 
     Returns:
         ``device``, ``versions``, ``settings``, ``bandwidth``, and a list each for ``decode``,
-        ``encode``, ``end_to_end`` and ``kmeans``; ``skipped`` holds what could not run at all, and
-        why. All times are seconds.
+        ``encode``, ``end_to_end``, ``kmeans`` and ``tune``; ``skipped`` holds what could not run at
+        all, and why. All times are seconds.
 
     Raises:
         RecipeError: the settings contradict each other.
@@ -76,6 +76,7 @@ def run(
         "encode": [],
         "end_to_end": [],
         "kmeans": [],
+        "tune": [],
         "skipped": [],
     }
     kernel_parts: list[Part] = [part for part in parts if part in ("decode", "encode")]
@@ -91,17 +92,37 @@ def run(
     if "kmeans" in parts:
         from cqtool.bench.kmeans import bench_kmeans
 
-        for format in formats if settings.formats else formats[:1]:
+        # Samples are random: which channels they would be of makes no difference.
+        codes = {format.spec.name: format for format in _wanted(settings, formats)}
+        for format in codes.values():
             report["kmeans"].append(
                 bench_kmeans(target.shape, format, settings.tokens, device, settings.seed, progress)
             )
             checkpoint(report)
+    if "tune" in parts:
+        from cqtool.bench.tune import bench_tuning
+
+        for found in bench_tuning(target, _wanted(settings, formats), settings, device, progress):
+            report["tune"].append(found)
+            checkpoint(report)
     return report
+
+
+def _wanted(settings: BenchSettings, formats: Sequence[BenchFormat]) -> Sequence[BenchFormat]:
+    """What of the formats to spend minutes on: more codes than one have to be asked for."""
+    if settings.formats:
+        return formats
+    return [format for format in formats if format.spec.name == formats[0].spec.name]
 
 
 def _formats(settings: BenchSettings, target: Target) -> list[BenchFormat]:
     if settings.artifact is None:
-        formats = parse_formats(settings.chosen_formats, settings.window or 0, settings.sinks or 0)
+        formats = parse_formats(
+            settings.chosen_formats,
+            settings.window or 0,
+            settings.sinks or 0,
+            settings.groupings or ("contiguous",),
+        )
     else:
         own = open_artifact(settings.artifact)
         spec = own.spec
@@ -145,7 +166,7 @@ def _loads(settings: BenchSettings, target: Target) -> Sequence[AttentionLoad]:
             tokens,
             shape.rope_theta,
         )
-        for batch in settings.batches
+        for batch in settings.batches or DEFAULT_BATCHES
         for tokens in settings.tokens
     ]
 
@@ -160,6 +181,8 @@ def _run_kernels(
     progress: Progress,
     checkpoint: Checkpoint,
 ) -> None:
+    formats = [one for format in formats for one in format.of_each_code]
+    codes = {format.name: format.spec.name for format in formats}
     bandwidth = measure_bandwidth(kernels.device)
     report["bandwidth"] = bandwidth.to_json()
     if "decode" in parts:
@@ -170,7 +193,9 @@ def _run_kernels(
                 found = bench_decode(load, formats, kernels, bandwidth)
                 for row in found["kernels"]:
                     row["target"] = (
-                        decode_target(load.name, row["format"]) if settings.target is None else None
+                        decode_target(load.name, codes.get(row["format"], ""))
+                        if settings.target is None
+                        else None
                     )
                 report["decode"].append(found)
                 checkpoint(report)
@@ -182,7 +207,9 @@ def _run_kernels(
         prompt = settings.prompt if settings.target is not None else _ENCODED_PROMPT
         past = max(settings.tokens) - 1
         report["encode"].append(
-            bench_encode(target, formats, kernels, prompt, settings.batches, past)
+            bench_encode(
+                target, formats, kernels, prompt, settings.batches or DEFAULT_BATCHES, past
+            )
         )
         checkpoint(report)
 
@@ -202,15 +229,14 @@ def _run_generation(
 
     in_suite = settings.target is None
     generations = GENERATIONS if in_suite else (Generation(settings.prompt, settings.new),)
-    # Each may take minutes: more than one has to be asked for.
-    chosen = formats if settings.formats else formats[:1]
+    chosen = _wanted(settings, formats)
     done: list[dict[str, Any]] = report["end_to_end"]
     for count, generation in enumerate(generations):
         wanted = GenerationSettings(
             prompt=generation.prompt,
             new=generation.new,
             caches=settings.caches,
-            batches=None if in_suite or settings.largest else settings.batches,
+            batches=None if in_suite or settings.largest else settings.batches or DEFAULT_BATCHES,
             most=settings.most,
             device=device,
             dtype=dtype,

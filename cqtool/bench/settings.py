@@ -7,10 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from cqtool.errors import RecipeError
+from cqtool.spec import Grouping
 
 DEFAULT_FORMATS = ("cq-8c8b", "cq-8c10b", "cq-4c8b", "cq-2c8b")
-Part = Literal["decode", "encode", "end-to-end", "kmeans"]
+DEFAULT_BATCHES = (1, 16)
+Part = Literal["decode", "encode", "end-to-end", "kmeans", "tune"]
 PARTS: tuple[Part, ...] = get_args(Part)
+CALIBRATING: tuple[Part, ...] = ("kmeans", "tune")
+"""The parts about making codebooks, which run only when asked for."""
 SuiteName = Literal["targets", "generation"]
 SUITES: Mapping[SuiteName, tuple[Part, ...]] = {
     "targets": ("decode", "encode"),
@@ -19,6 +23,8 @@ SUITES: Mapping[SuiteName, tuple[Part, ...]] = {
 """The fixed sets of cases, and the parts each of them has."""
 CACHES = ("dynamic", "static", "static-compiled", "cq")
 """The caches that text can be generated with."""
+GROUPINGS: tuple[Grouping, ...] = ("contiguous", "correlation", "pairs")
+"""The ways to group channels that random codebooks can have."""
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -30,21 +36,26 @@ class BenchSettings:
         target: a named shape, a model folder or a Hub id; None runs a suite.
         artifact: a folder or Hub id whose codebooks to use.
         suite: a fixed set of cases; without target and suite, ``targets``.
-        parts: what of it to run; empty for all but ``kmeans``, which is about calibrating.
+        parts: what of it to run; empty for all but those of :data:`CALIBRATING`.
         formats: names of formats, with random codebooks; empty for the default ones, or for the
             artifact's own.
-        batches: rows.
+        groupings: which channels of a head random codebooks code together, each format with each of
+            them; empty for contiguous ones, or for the artifact's own.
+        batches: rows, or sequences of a step of tuning; empty for :data:`DEFAULT_BATCHES`, and for
+            the batch of the tuned recipes when tuning.
         tokens: cached tokens of each row, of the decode kernels; samples of a codebook, of k-means.
-        prompt: tokens of the prompt, when encoding and end to end.
+        prompt: tokens of the prompt, when encoding and end to end, or of a sequence, when tuning.
         new: tokens to generate.
         caches: which of :data:`CACHES` to generate with.
         largest: generate at the largest batch that each cache fits, instead of at `batches`.
         most: no batch is larger.
-        window: newest tokens kept in full precision, end to end; the artifact's when None.
-        sinks: first tokens kept in full precision, end to end; the artifact's when None.
-        dtype: of the model and of 16-bit caches; None for float16 on a GPU, float32 on a CPU.
+        window: newest tokens kept in full precision, end to end and when tuning; None for the
+            artifact's, or else for none end to end and for those of the tuned recipes when tuning.
+        sinks: first tokens kept in full precision, as `window`.
+        dtype: of the model and of 16-bit caches; None for float32 on a CPU, and on a GPU for
+            float16, or bfloat16 when tuning.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        repeats: measurements of each kernel.
+        repeats: measurements of each kernel, and of a step of tuning.
         seed: of everything random.
     """
 
@@ -53,7 +64,8 @@ class BenchSettings:
     suite: SuiteName | None = None
     parts: tuple[Part, ...] = ()
     formats: tuple[str, ...] = ()
-    batches: tuple[int, ...] = (1, 16)
+    groupings: tuple[Grouping, ...] = ()
+    batches: tuple[int, ...] = ()
     tokens: tuple[int, ...] = (8192, 32768)
     prompt: int = 1024
     new: int = 128
@@ -73,10 +85,13 @@ class BenchSettings:
             raise RecipeError("A suite has shapes of its own; give either a shape or --suite.")
         if self.artifact is not None and self.formats:
             raise RecipeError("An artifact has a format of its own; leave out --format.")
+        if self.artifact is not None and self.groupings:
+            raise RecipeError("An artifact has groups of its own; leave out --grouping.")
         if self.artifact is not None and self.target is None:
             raise RecipeError("Give the shape of the artifact's base model before the artifact.")
         for name, allowed, given in (
             ("--part", PARTS, self.parts),
+            ("--grouping", GROUPINGS, self.groupings),
             ("--cache", CACHES, self.caches),
             ("--dtype", DTYPES, (self.dtype,) if self.dtype else ()),
             ("--suite", tuple(SUITES), (self.suite,) if self.suite else ()),
@@ -85,7 +100,7 @@ class BenchSettings:
                 if word not in allowed:
                     raise RecipeError(f"{name} {word} is not known; use {', '.join(allowed)}.")
         for name, numbers, least in (
-            ("--batch", self.batches, 1),
+            ("--batch", self.batches or DEFAULT_BATCHES, 1),
             ("--tokens", self.tokens, 1),
             ("--prompt-tokens", (self.prompt,), 1),
             ("--new-tokens", (self.new,), 2),
@@ -114,7 +129,7 @@ class BenchSettings:
         """
         suite = self.chosen_suite
         offered = SUITES[suite] if suite is not None else PARTS
-        wanted = self.parts or tuple(part for part in offered if part != "kmeans")
+        wanted = self.parts or tuple(part for part in offered if part not in CALIBRATING)
         chosen = tuple(part for part in offered if part in wanted)
         if not chosen:
             raise RecipeError(f"The suite {suite} has only {' and '.join(offered)}.")
@@ -154,6 +169,7 @@ def make_settings(
     *,
     parts: Sequence[str] | None = None,
     formats: Sequence[str] | None = None,
+    groupings: Sequence[str] | None = None,
     batches: Sequence[str] | None = None,
     tokens: Sequence[str] | None = None,
     caches: Sequence[str] | None = None,
@@ -167,6 +183,7 @@ def make_settings(
     given: dict[str, Any] = {
         "parts": cast("tuple[Part, ...]", split_words(parts)),
         "formats": split_words(formats),
+        "groupings": cast("tuple[Grouping, ...]", split_words(groupings)),
         "batches": split_numbers("--batch", batches),
         "tokens": split_numbers("--tokens", tokens),
         "caches": split_words(caches) or None,

@@ -3,27 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from cqtool.bench.calibration_tables import kmeans_table, tuning_table
+from cqtool.bench.cells import Table, gigabytes, micro, times, unavailable
 from cqtool.bench.suites import ENCODE_SHARE, LARGEST_BATCH, THROUGHPUT
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells to print, and what stands above and below.
-
-    Attributes:
-        title: a line above.
-        columns: headings.
-        rows: as many cells each as there are headings.
-        notes: lines below.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
 
 
 def tables(report: dict[str, Any]) -> Iterator[Table]:
@@ -36,7 +20,9 @@ def tables(report: dict[str, Any]) -> Iterator[Table]:
     for found in report["end_to_end"]:
         yield _generation_table(found, in_suite=report["suite"] is not None)
     for found in report.get("kmeans", []):  # older reports lack it
-        yield _kmeans_table(found)
+        yield kmeans_table(found)
+    for found in report.get("tune", []):
+        yield tuning_table(found)
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -61,7 +47,7 @@ def _decode_table(found: dict[str, Any], dtype: str, sliding: int | None) -> Tab
             f"{row['cache_bytes'] / 1e6:.1f}",
             f"{row['over_floor']:.2f}",
             f"{row['relative_error']:.0e}",
-            _times(row["speedup"]),
+            times(row["speedup"]),
             _target(row),
         )
         for row in found["kernels"]
@@ -84,7 +70,7 @@ def _decode_table(found: dict[str, Any], dtype: str, sliding: int | None) -> Tab
         f"{case['heads']} heads of {case['head_dim']}, {case['tokens']:,} tokens, {dtype}",
         ("kernel", "format", "us", "IQR", "cache MB", "x floor", "error", "speedup", "target"),
         rows,
-        (*notes, *_unavailable(found)),
+        (*notes, *unavailable(found)),
     )
 
 
@@ -115,7 +101,7 @@ def _encode_tables(found: dict[str, Any]) -> Iterator[Table]:
         )
     columns = ("format", "tokens", "keys us", "values us", "model ms", "us/token", "of prefill")
     yield Table(
-        f"Encoding a prompt, {found['shape']}", columns, rows, (*notes, *_unavailable(found))
+        f"Encoding a prompt, {found['shape']}", columns, rows, (*notes, *unavailable(found))
     )
     steps = tuple(
         (
@@ -143,10 +129,10 @@ def _generation_table(found: dict[str, Any], *, in_suite: bool) -> Table:
             f"{row['tokens_per_second']:,.1f}",
             f"{row['decode_tokens_per_second']:,.1f}",
             f"{row['prefill_seconds']:.2f}",
-            _gigabytes(row["memory"]["torch_peak_bytes"]),
-            _gigabytes(row["memory"]["driver_peak_bytes"]),
-            _times(row["speedup"]),
-            _times(row["batch_ratio"]),
+            gigabytes(row["memory"]["torch_peak_bytes"]),
+            gigabytes(row["memory"]["driver_peak_bytes"]),
+            times(row["speedup"]),
+            times(row["batch_ratio"]),
         )
         for row in found["rows"]
     )
@@ -181,52 +167,8 @@ def _generation_table(found: dict[str, Any], *, in_suite: bool) -> Table:
             "batch x",
         ),
         rows,
-        (*notes, *_unavailable(found)),
+        (*notes, *unavailable(found)),
     )
-
-
-def _kmeans_table(found: dict[str, Any]) -> Table:
-    rows = tuple(
-        (
-            row["engine"],
-            row["detail"],
-            f"{row['samples']:,}",
-            f"{row['codebooks']:,}",
-            f"{row['seconds_per_codebook'] * 1e3:.2f}",
-            f"{row['layer_seconds']:.2f}",
-            f"{row['objective']:.5g}",
-        )
-        for row in found["rows"]
-    )
-    return Table(
-        f"k-means of one layer, {found['shape']}, {found['format']}, weighted samples, at most "
-        f"{found['iterations']} iterations",
-        ("engine", "ran", "samples", "codebooks", "ms/codebook", "layer s", "objective"),
-        rows,
-        (
-            "objective: mean over the codebooks that every engine fits",
-            *_unavailable(found),
-        ),
-    )
-
-
-def _unavailable(found: dict[str, Any]) -> Iterator[str]:
-    # A package that is not there is the common case, and no news.
-    missing = [row["name"] for row in found["unavailable"] if row["reason"] == "not installed"]
-    for row in found["unavailable"]:
-        if row["reason"] != "not installed":
-            yield f"not timed: {row['name']}: {row['reason']}"
-    if missing:
-        yield f"not installed: {', '.join(missing)}"
-
-
-def micro(spread: dict[str, Any]) -> str:
-    """The median in microseconds."""
-    return f"{spread['median'] * 1e6:.1f}"
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
 
 
 def _target(row: dict[str, Any]) -> str:
@@ -234,7 +176,3 @@ def _target(row: dict[str, Any]) -> str:
     if target is None or row["speedup"] is None:
         return "-"
     return f"{target:.1f}x {'met' if row['speedup'] >= target else 'missed'}"
-
-
-def _gigabytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e9:.2f}"

@@ -73,7 +73,8 @@ class CQCodec:
     """Coupled quantization: one bit-packed code a group (Zhang et al., arXiv 2405.03917).
 
     Args:
-        codebook: ``[kv_heads, groups, 2**bits, channels]``.
+        codebook: ``[kv_heads, groups, 2**bits, channels]``; or ``[1, groups, 2**bits, channels]``,
+            which all `heads` share.
         channels: int ``[kv_heads, head_dim]``: the model channel of each codebook channel, group
             by group; None for contiguous groups.
         metric: float ``[kv_heads, groups, channels, channels]``, symmetric and positive definite:
@@ -85,8 +86,10 @@ class CQCodec:
         gains: float ``[kv_heads, 256]``, positive and ascending: each vector is divided by the one
             nearest to its root mean square, whose index is stored; None to code vectors as
             they are.
+        heads: kv_heads, for a codebook that may be shared; None for one that is not.
 
     Attributes:
+        codebook: ``[kv_heads, groups, 2**bits, channels]``, a shared one once for each head.
         channels: the same as int64; None also where each channel has its own place.
     """
 
@@ -100,8 +103,12 @@ class CQCodec:
         metric: Tensor | None = None,
         feedback: Tensor | None = None,
         gains: Tensor | None = None,
+        heads: int | None = None,
     ) -> None:
         assert feedback is None or metric is not None
+        self._shared = heads is not None and heads > len(codebook)
+        if heads is not None:
+            codebook = codebook.expand(heads, -1, -1, -1).contiguous()
         _, self.groups, centroids, size = codebook.shape
         self.bits = centroids.bit_length() - 1
         self.codebook = codebook
@@ -129,6 +136,11 @@ class CQCodec:
         """L of the metric L L^T: its nearness is the Euclidean one of what L makes of both."""
         metric = self.metric
         return None if metric is None else torch.linalg.cholesky(metric.double()).float()
+
+    @property
+    def stored_codebook(self) -> Tensor:
+        """The codebook as files hold it: of one head where all share it."""
+        return self.codebook[:1] if self._shared else self.codebook
 
     def prepare(self, vectors: Tensor) -> tuple[Tensor, Stored]:
         """Vectors as they are coded, group by group and divided by their gains, and what is stored

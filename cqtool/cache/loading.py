@@ -112,7 +112,8 @@ def _load_codecs(folder: Path, config: CQConfig) -> tuple[LayerCodecs, ...]:
         # check_codebooks made sure that these are the tensors that the format asks for.
         extras = {part: tensors.get(extra_name(layer, kind, part)) for part in EXTRAS}
         channels = tensors.get(channels_name(layer, kind))
-        return CQCodec(tensors[codebook_name(layer, kind)], channels, **extras)
+        heads = config.geometry.layers[layer].kv_heads
+        return CQCodec(tensors[codebook_name(layer, kind)], channels, **extras, heads=heads)
 
     return tuple(
         LayerCodecs(*(codec(layer, kind) for kind in KINDS))

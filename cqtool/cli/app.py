@@ -15,7 +15,18 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from cqtool import __version__
-from cqtool.cli import bench, calibrate, check, doctor, entropy, export, generate, inspect, tune
+from cqtool.cli import (
+    allocate,
+    bench,
+    calibrate,
+    check,
+    doctor,
+    entropy,
+    export,
+    generate,
+    inspect,
+    tune,
+)
 from cqtool.cli.output import write_stderr, write_stdout
 from cqtool.errors import CqtoolError
 
@@ -83,6 +94,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "tune": (tune.tune, tune.EXAMPLES),
     "analyze-entropy": (entropy.analyze_entropy, entropy.EXAMPLES),
     "check": (check.check, check.EXAMPLES),
+    "allocate": (allocate.allocate, allocate.EXAMPLES),
     "export": (export.export, export.EXAMPLES),
     "inspect": (inspect.inspect, inspect.EXAMPLES),
     "generate": (generate.generate, generate.EXAMPLES),

@@ -13,7 +13,9 @@ from cqtool.cli.output import Output
 EXAMPLES = (
     "cqtool bench --suite targets --plot decode.png",
     "cqtool bench llama-3.1-8b --part decode --batch 1,16 --tokens 8k,128k",
+    "cqtool bench llama-3.1-8b --part decode --format cq-8c8b --grouping contiguous,pairs",
     "cqtool bench qwen3-8b artifact --part end-to-end --largest-batch --json",
+    "cqtool bench llama-3.2-1b --part tune --repeats 10",
     "cqtool bench tiny --part end-to-end --batch 2 --prompt-tokens 64 --new-tokens 16",
 )
 
@@ -53,7 +55,8 @@ def bench(
             "--part",
             metavar="PART",
             help="Only decode, encode or end-to-end; or kmeans, the engines that fit a layer's "
-            "codebooks. Repeat the option, or separate with commas.",
+            "codebooks; or tune, a step of end-to-end tuning. Repeat the option, or separate with "
+            "commas.",
             show_default=False,
         ),
     ] = None,
@@ -63,13 +66,28 @@ def bench(
             "--format",
             metavar="FORMAT",
             help="Formats such as cq-8c8b or k-cq-4c8b-v-cq-8c8b, with random codebooks. By "
-            "default cq-8c8b,cq-8c10b,cq-4c8b,cq-2c8b; end to end the first alone.",
+            "default cq-8c8b,cq-8c10b,cq-4c8b,cq-2c8b for kernels, and cq-8c8b for all else.",
+            show_default=False,
+        ),
+    ] = None,
+    groupings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--grouping",
+            metavar="GROUPING",
+            help="Which channels random codebooks group: contiguous (the default), correlation or "
+            "pairs. Each format is measured with each of them.",
             show_default=False,
         ),
     ] = None,
     batches: Annotated[
         list[str] | None,
-        typer.Option("--batch", metavar="N", help="Rows; by default 1,16.", show_default=False),
+        typer.Option(
+            "--batch",
+            metavar="N",
+            help="Rows, by default 1,16; sequences of a step when tuning, by default 8.",
+            show_default=False,
+        ),
     ] = None,
     tokens: Annotated[
         list[str] | None,
@@ -84,7 +102,9 @@ def bench(
     prompt_tokens: Annotated[
         int,
         typer.Option(
-            "--prompt-tokens", min=1, help="Prompt of each row, when encoding and end to end."
+            "--prompt-tokens",
+            min=1,
+            help="Prompt of each row, when encoding and end to end; a sequence, when tuning.",
         ),
     ] = 1024,
     new_tokens: Annotated[
@@ -117,14 +137,15 @@ def bench(
         Literal["float16", "bfloat16", "float32"] | None,
         typer.Option(
             "--dtype",
-            help="Precision of the model and of 16-bit caches; by default float16, and float32 on "
-            "a CPU.",
+            help="Precision of the model and of 16-bit caches; by default float16, bfloat16 when "
+            "tuning, and float32 on a CPU.",
             show_default=False,
         ),
     ] = None,
     device: options.DeviceOption = "auto",
     repeats: Annotated[
-        int, typer.Option("--repeats", min=2, help="Measurements of each kernel.")
+        int,
+        typer.Option("--repeats", min=2, help="Measurements of each kernel, or steps of tuning."),
     ] = 30,
     seed: options.SeedOption = None,
     plot: Annotated[
@@ -137,7 +158,7 @@ def bench(
     """Time kernels and whole models against every 16-bit rival on this machine, in the same run.
 
     Weights and text are random, so nothing is downloaded. A kernel is timed only after its result
-    has agreed with float64. Kernel times need a GPU; end to end and k-means run on a CPU too.
+    has agreed with float64. Kernel times need a GPU; all else runs on a CPU too.
     """
     sink = Output(json=json, quiet=quiet)
     from cqtool.bench.settings import make_settings
@@ -148,6 +169,7 @@ def bench(
         suite=suite,
         parts=parts,
         formats=formats,
+        groupings=groupings,
         batches=batches,
         tokens=tokens,
         prompt=prompt_tokens,

@@ -221,17 +221,24 @@ def check(
         trust_remote_code=trust_remote_code,
         progress=sink.progress(),
     )
-    measured = quality.check(opened, calibration, settings, sink.progress())
+    try:
+        measured = quality.check(opened, calibration, settings, sink.progress())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "What is finished stays; run the same command again to continue."
+        ) from None
     files, report = _draw(calibration, measured), measured.to_json()
     sink.result(report | {"files": files})
-    _print_tables(sink, report, context)
+    _print_tables(sink, measured, report, context)
     for path in files.values():
         sink.text(path)
     if not _print_gates(sink, report["gates"]):
         raise typer.Exit(GATE_MISSED)
 
 
-def _print_tables(sink: Output, report: dict[str, Any], context: int | None) -> None:
+def _print_tables(
+    sink: Output, measured: quality.QualityReport, report: dict[str, Any], context: int | None
+) -> None:
     rows, text = report["rows"], report["evaluation"]
     sink.table(*quality_table(rows, context))
     said = [
@@ -253,11 +260,11 @@ def _print_tables(sink: Output, report: dict[str, Any], context: int | None) -> 
         sink.table(LAYER_COLUMNS, layer_rows(report["by_layer"]))
         sink.text("Only these keys or values coded, all others exact; the costliest first.")
     for part, said_below in (
-        (report["generation"], "Greedy answers over the cache"),
-        (report["tasks"], "Tasks of lm-evaluation-harness over the cache"),
+        (measured.generation, "Greedy answers over the cache"),
+        (measured.tasks, "Tasks of lm-evaluation-harness over the cache"),
     ):
         if part is not None:
-            sink.table(GENERATION_COLUMNS, generation_rows(part["scores"]))
+            sink.table(GENERATION_COLUMNS, generation_rows(part.scores))
             sink.text(
                 f"{said_below}; ± standard error over items; the difference is to full precision "
                 "on the same items."

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from cqtool.artifact.measured import by_measure
+
+if TYPE_CHECKING:
+    from cqtool.quality.scores import Score
 
 COLUMNS = [
     "format",
@@ -88,21 +93,18 @@ def paired_rows(paired: Sequence[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def generation_rows(scores: Sequence[dict[str, Any]]) -> list[list[str]]:
+def generation_rows(scores: Sequence[Score]) -> list[list[str]]:
     """The cells of :data:`GENERATION_COLUMNS`: the formats under each other for every measure."""
-    measures = dict.fromkeys((one["task"], one["measure"], one["group"]) for one in scores)
     return [
         [
-            one["task"],
-            f"{one['measure']}, {one['group']}" if one["group"] else one["measure"],
-            one["format"],
-            str(one["items"]),
-            _measured(one, "score", "{:.3g}"),
-            _measured(one, "difference", "{:.3g}"),
+            one.task,
+            measure,
+            one.format,
+            str(one.items),
+            _measured(vars(one), "score", "{:.3g}"),
+            _measured(vars(one), "difference", "{:.3g}"),
         ]
-        for measure in measures
-        for one in scores
-        if (one["task"], one["measure"], one["group"]) == measure
+        for measure, one in by_measure(scores)
     ]
 
 

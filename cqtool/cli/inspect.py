@@ -49,6 +49,7 @@ def _codebook_lines(found: dict[str, Any]) -> list[list[str]]:
     revision = f" at {base['revision']}" if base["revision"] else ""
     groups = [
         f"{kind}s of {cache[kind]['channels']} {GROUPED_CHANNELS[cache[kind]['grouping']]}"
+        + (", one codebook for all heads" if cache[kind]["sharing"] == "heads" else "")
         for kind in KINDS
     ]
     return [

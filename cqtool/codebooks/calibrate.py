@@ -31,6 +31,7 @@ from cqtool.codebooks.fit import (
     count_codebooks,
     fit_layer,
 )
+from cqtool.codebooks.groups_file import read_groups
 from cqtool.codebooks.kmeans import Engine
 from cqtool.data.windows import TokenWindows
 from cqtool.errors import ArtifactError
@@ -89,7 +90,7 @@ def calibrate(
         progress: where to report.
 
     Raises:
-        RecipeError: the format does not fit the model's heads.
+        RecipeError: the format does not fit the model's heads, or the groups of a file do not.
         SampleError: more centroids than samples, NaN activations, or a resumed run differs.
         ArtifactError: a finished or interrupted run is in the way, or another process writes to
             `out`.
@@ -106,6 +107,7 @@ def calibrate(
     spec = recipe.spec
     geometry = read_geometry(opened.model)
     check_fits_geometry(spec, geometry)
+    read_groups(recipe.grouping.file, spec, geometry)
     text = recipe.calibration
     check_enough_samples(spec, text.sequences * text.sequence_length)
     engine = make_engine(recipe.kmeans, opened.model.device.type)
@@ -168,9 +170,14 @@ def fit_codebooks(
         engine: the k-means engine.
         work: where finished layers go, told apart by the settings that made them.
         progress: where to report, in codebooks.
+
+    Raises:
+        RecipeError: groups are to be those of a file, which does not list them.
+        SampleError: k-means cannot work with the samples, or they lack what the objective needs.
     """
     spec = recipe.spec
-    identity = {
+    given = read_groups(recipe.grouping.file, spec, geometry)
+    identity: dict[str, Any] = {
         "samples": store.meta,
         "cache": {kind: asdict(spec.code(kind)) for kind in KINDS}
         | ({"layers": [asdict(codes) for codes in spec.layers]} if spec.layers else {}),
@@ -179,6 +186,10 @@ def fit_codebooks(
         "seed": recipe.calibration.seed,
         "engine": engine.detail,
     }
+    if given:
+        # Not the file's name: its content may have changed since.
+        orders = (order for kinds in given.values() for order in kinds.values())
+        identity["groups"] = [order.tolist() for order in orders]
     work = work / digest_json(identity)[:16]
     specs = [spec.of_layer(index) for index in range(len(geometry.layers))]
     counts = [count_codebooks(*one) for one in zip(specs, geometry.layers, strict=True)]
@@ -199,6 +210,7 @@ def fit_codebooks(
                     recipe.calibration.seed,
                     task,
                     geometry.layers[layer].rotation,
+                    given.get(layer),
                 )
                 write_fit(files[layer], fit)
             fits.append(fit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from cqtool.codebooks.metric import (
     block_ldl,
     group_metrics,
     head_metric,
+    shared_metric,
     unit_trace,
     unwhitened,
     whitened,
@@ -36,7 +38,7 @@ class LayerFit:
 
     Attributes:
         codebooks: kind -> ``[kv_heads, groups, centroids, channels]`` as stored (float16, or
-            bfloat16 where float16 would overflow).
+            bfloat16 where float16 would overflow); one head for all where they share.
         errors: kind -> mean weighted squared error a group, averaged over the layer's codebooks.
         channels: kind -> int64 ``[kv_heads, head_dim]``, the model channel of each codebook
             channel; None for contiguous groups.
@@ -79,7 +81,8 @@ def check_fits_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
 
 def count_codebooks(spec: CacheSpec, layer: LayerGeometry) -> int:
     """How many codebooks a layer needs in its format `spec`."""
-    return sum(layer.kv_heads * layer.dim(kind) // spec.code(kind).channels for kind in KINDS)
+    codes = ((spec.code(kind), layer.dim(kind)) for kind in KINDS)
+    return sum(code.codebook_heads(layer.kv_heads) * dim // code.channels for code, dim in codes)
 
 
 def check_enough_samples(spec: CacheSpec, tokens: int) -> None:
@@ -128,10 +131,13 @@ def fit_layer(
     seed: int,
     task: Task,
     rotation: KeyRotation = NO_ROTATION,
+    given: Mapping[Kind, Tensor] | None = None,
 ) -> LayerFit:
     """Fit keys and values of one layer, all heads and groups.
 
-    Groups are chosen from the samples first, as the format says.
+    Groups are chosen from the samples first, as the format says. Where heads share their codebooks,
+    these are fitted to the samples of all of them, under one metric: k-means knows one metric for a
+    codebook. Encoding keeps that of each head.
 
     Args:
         store: the samples; only this layer's are read.
@@ -144,6 +150,8 @@ def fit_layer(
         seed: the recipe's seed.
         task: where to report, in codebooks.
         rotation: how the layer turns its keys.
+        given: the channels of groups that a file lists, int64 ``[kv_heads, head_dim]``, by the
+            kinds whose grouping is ``file``.
 
     Raises:
         SampleError: the store lacks what the objective needs, or k-means cannot work with it.
@@ -156,7 +164,11 @@ def fit_layer(
         code = spec.code(kind)
         samples = store.load(layer, kind)
         turned = rotation if kind == "key" else NO_ROTATION
-        order = choose_groups(samples, code.grouping, code.channels, turned)
+        if code.grouping == "file":
+            assert given is not None
+            order: Tensor | None = given[kind]
+        else:
+            order = choose_groups(samples, code.grouping, code.channels, turned)
         channels[kind], extras[kind] = order, {}
         weights = None
         if objective != "uniform":
@@ -174,8 +186,14 @@ def fit_layer(
             whole = head_metric(store.load_moment(layer, kind), order)
             metric = unit_trace(group_metrics(whole, code.channels))
             extras[kind] |= _encoder(whole, metric, code)
+        points = split_groups(_in_order(samples, order), code.channels)
+        if code.sharing == "heads":
+            if metric is not None and weights is not None:
+                metric = shared_metric(metric, weights)
+            points = _pooled(points)
+            weights = None if weights is None else _pooled(weights)
         codebooks[kind], errors[kind] = _fit_groups(
-            split_groups(_in_order(samples, order), code.channels),
+            points,
             weights,
             metric,
             code.centroids,
@@ -199,6 +217,11 @@ def _encoder(whole: Tensor, metric: Tensor, code: CQSpec) -> dict[str, Tensor]:
 def _in_order(samples: Tensor, channels: Tensor | None) -> Tensor:
     """``[tokens, kv_heads, head_dim]`` with each head's channels in its order of groups."""
     return samples if channels is None else samples.gather(2, channels.expand_as(samples))
+
+
+def _pooled(samples: Tensor) -> Tensor:
+    """``[tokens, kv_heads, ...]`` as the ``[tokens * kv_heads, 1, ...]`` of a single head."""
+    return samples.flatten(0, 1).unsqueeze(1)
 
 
 def _fit_groups(

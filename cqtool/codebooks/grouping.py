@@ -22,7 +22,8 @@ def choose_groups(
 
     Args:
         samples: ``[tokens, kv_heads, head_dim]``, keys before RoPE.
-        grouping: how; ``pairs`` chooses as ``correlation`` does where the layer turns nothing.
+        grouping: how, not ``file``; ``pairs`` chooses as ``correlation`` does where the layer turns
+            nothing.
         channels: channels of a group, a divisor of head_dim.
         rotation: how RoPE turns these samples; that of values is ``NO_ROTATION``.
 
@@ -34,6 +35,7 @@ def choose_groups(
     Raises:
         RecipeError: ``pairs`` with an odd number of channels.
     """
+    assert grouping != "file"
     if grouping == "contiguous":
         return None
     if grouping == "pairs" and rotation.style != "none":

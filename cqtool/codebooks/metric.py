@@ -96,6 +96,25 @@ def unit_trace(metrics: Tensor) -> Tensor:
     return (scaled + scaled.mT) / 2
 
 
+def shared_metric(metrics: Tensor, weights: Tensor) -> Tensor:
+    """One metric a group for all heads: the mean over the heads' samples, by their weight.
+
+    It is the one metric that costs an error the same as those of the heads do on average, where the
+    error is the same for all samples.
+
+    Args:
+        metrics: ``[kv_heads, groups, channels, channels]``.
+        weights: of each sample, ``[tokens, kv_heads, groups]``.
+
+    Returns:
+        As `metrics`, ``[1, groups, channels, channels]``; heads count alike where none has weight.
+    """
+    total = weights.double().sum(dim=0)
+    share = torch.where(total.sum(dim=0) > 0, total, torch.ones_like(total))[..., None, None]
+    mean = (metrics * share).sum(dim=0) / share.sum(dim=0)
+    return mean.to(metrics.dtype).unsqueeze(0)
+
+
 def whitened(points: Tensor, metrics: Tensor) -> Tensor:
     """Points among which Euclidean distances are those of the metric: ``x L``, ``M = L L^T``.
 

@@ -25,6 +25,7 @@ from cqtool.spec import (
     Grouping,
     Kind,
     LayerCodes,
+    Sharing,
 )
 from cqtool.strictjson import read_object
 
@@ -92,13 +93,14 @@ class CQConfig:
 
     @property
     def codebook_shapes(self) -> dict[str, tuple[int, int, int, int]]:
-        """Every codebook of the file: name -> ``[kv_heads, groups, 2**bits, channels]``."""
+        """Every codebook of the file: name -> ``[kv_heads, groups, 2**bits, channels]``, one head
+        for all where they share."""
         shapes = {}
         for index, layer in enumerate(self.geometry.layers):
             for kind in KINDS:
                 code = self.cache.of_layer(index).code(kind)
                 shapes[codebook_name(index, kind)] = (
-                    layer.kv_heads,
+                    code.codebook_heads(layer.kv_heads),
                     layer.dim(kind) // code.channels,
                     code.centroids,
                     code.channels,
@@ -290,8 +292,11 @@ def _code(fields: Fields) -> CQSpec:
     gain: Gain = "none"
     if "gain" in fields.values:
         gain = cast("Gain", fields.choice("gain", get_args(Gain)))
+    sharing: Sharing = "none"
+    if "sharing" in fields.values:
+        sharing = cast("Sharing", fields.choice("sharing", get_args(Sharing)))
     channels, bits = (fields.integer(name, minimum=1) for name in ("channels", "bits"))
-    return CQSpec(channels, bits, grouping, encoding, gain)
+    return CQSpec(channels, bits, grouping, encoding, gain, sharing)
 
 
 def _check_groups(config: CQConfig, path: Path) -> None:

@@ -6,7 +6,7 @@ themselves are made one after the other, when their turn comes, and let go befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,10 +18,12 @@ from cqtool.codebooks.calibrate import fit_codebooks
 from cqtool.codebooks.engines import make_engine
 from cqtool.codebooks.fit import check_enough_samples, check_fits_geometry
 from cqtool.errors import ArtifactError, CqtoolError, RecipeError, SampleError
-from cqtool.layout.config import read_config
+from cqtool.files import digest_json, sha256_file
+from cqtool.layout.config import CODEBOOKS_NAME, CONFIG_NAME, read_config
 from cqtool.models.fingerprint import compare_fingerprints, fingerprint
 from cqtool.models.load import OpenedModel
 from cqtool.progress import Progress
+from cqtool.quality.memory import OutOfMemory, memory_explained
 from cqtool.quality.report import Skipped
 from cqtool.quality.settings import CheckSettings
 from cqtool.recipe import Recipe, recipe_from, recipe_of
@@ -46,6 +48,7 @@ class Candidate:
         objective: how its codebooks were fitted, None without codebooks.
         fitted: whether it was fitted to samples of the model.
         make: makes it, on the model's device.
+        origin: what it is made from, JSON-ready: digests of files, a recipe, samples.
         optional: whether one that cannot be measured is named in a note and left out.
     """
 
@@ -53,6 +56,7 @@ class Candidate:
     objective: str | None
     fitted: bool
     make: Callable[[], CacheFormat]
+    origin: Mapping[str, str]
     optional: bool = False
 
 
@@ -64,6 +68,11 @@ def distinct(found: Sequence[Candidate]) -> list[Candidate]:
         counts[one.label] = count = counts.get(one.label, 0) + 1
         named.append(one if count == 1 else replace(one, label=f"{one.label} ({count})"))
     return named
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Digests of the files that the format of a calibration is read from."""
+    return {name: sha256_file(folder / name) for name in (CONFIG_NAME, CODEBOOKS_NAME)}
 
 
 def _method(folder: Path) -> str:
@@ -96,10 +105,9 @@ class Candidates:
         self._device = opened.model.device.type
         self.window = checked.window if settings.window is None else settings.window
         self.sinks = checked.sinks if settings.sinks is None else settings.sinks
-        label = f"{checked.name} {_method(calibration)}"
-        self.checked = Candidate(
-            label, self.recipe.objective, True, partial(self._loaded, calibration)
-        )
+        label, load = f"{checked.name} {_method(calibration)}", partial(self._loaded, calibration)
+        objective = self.recipe.objective
+        self.checked = Candidate(label, objective, True, load, _files(calibration))
 
     def against(self) -> list[Candidate]:
         """What ``--against`` names: other calibrations and artifacts.
@@ -111,7 +119,7 @@ class Candidates:
         return [self._of_folder(resolve(name, None)) for name in self._settings.against]
 
     def compared(self) -> tuple[list[Candidate], list[Skipped]]:
-        """What ``--compare`` names, and what of ``all`` cannot be made here.
+        """What ``--compare`` names, and what cannot be made here: of ``all``, or for memory.
 
         Raises:
             RecipeError: a format does not exist or does not fit.
@@ -123,9 +131,10 @@ class Candidates:
         for name in dict.fromkeys(one for entry in named for one in self._expanded(entry)):
             optional = name not in named
             try:
-                candidate = self._named(name, optional)
+                with memory_explained(name):
+                    candidate = self._named(name, optional)
             except CqtoolError as error:
-                if not optional:
+                if not (optional or isinstance(error, OutOfMemory)):
                     raise
                 skipped.append(Skipped(name, str(error)))
                 continue
@@ -148,19 +157,22 @@ class Candidates:
             return self._of_folder(Path(name))
         if name.startswith(("cq-", "k-cq-")):
             return self._of_code(name)
+        made: tuple[LayerCodecs, ...] = ()
         if optional and SCHEMES[name].calibrated:
             # Fitting a layer may take minutes, and what else is missing is told when it is made.
             self._store()
         else:
             # One layer shows what is missing: a package, samples, or heads that fit.
             first = replace(self._geometry, layers=self._geometry.layers[:1])
-            make_format(name, first, 0, self.sinks, self._store, self._device)
-        return Candidate(name, None, SCHEMES[name].calibrated, partial(self._of_scheme, name))
+            made = make_format(name, first, 0, self.sinks, self._store, self._device).layers
+        fitted, make = SCHEMES[name].calibrated, partial(self._of_scheme, name, made)
+        origin = {"scheme": name} | (self._sampled() if fitted else {})
+        return Candidate(name, None, fitted, make, origin)
 
     def _of_folder(self, folder: Path) -> Candidate:
         name, objective = load_format(folder, self._opened.model).name, recipe_of(folder).objective
         label = f"{name} {_method(folder)} ({folder.name})"
-        return Candidate(label, objective, True, partial(self._loaded, folder))
+        return Candidate(label, objective, True, partial(self._loaded, folder), _files(folder))
 
     def _of_code(self, name: str) -> Candidate:
         code, _, objective = name.partition(":")
@@ -179,7 +191,8 @@ class Candidates:
                 "say; calibrate with --objective query, or compare with the objective fisher."
             )
         label = f"{recipe.spec.name} {objective or recipe.objective}"
-        return Candidate(label, recipe.objective, True, partial(self._of_samples, recipe))
+        origin = {"recipe": recipe.digest} | self._sampled()
+        return Candidate(label, recipe.objective, True, partial(self._of_samples, recipe), origin)
 
     def _fitted_recipe(self, code: str, objective: str) -> Recipe:
         """The calibration's recipe with another code and objective, or the paper's."""
@@ -209,12 +222,12 @@ class Candidates:
     def _loaded(self, folder: Path) -> CacheFormat:
         return self._finished(load_format(folder, self._opened.model))
 
-    def _of_scheme(self, name: str) -> CacheFormat:
-        make = partial(make_format, name, self._geometry, 0, self.sinks, self._store, self._device)
+    def _of_scheme(self, name: str, made: tuple[LayerCodecs, ...]) -> CacheFormat:
+        given = self._geometry, 0, self.sinks, self._store, self._device, made
         if not SCHEMES[name].calibrated:
-            return self._finished(make())
+            return self._finished(make_format(name, *given))
         with self._progress.task(f"fitting {name}", total=1) as task:
-            format = make()
+            format = make_format(name, *given)
             task.advance()
         return self._finished(format)
 
@@ -227,11 +240,16 @@ class Candidates:
         layers = tuple(
             LayerCodecs(
                 *(
-                    CQCodec(fit.codebooks[kind], fit.channels[kind], **fit.extras[kind])
+                    CQCodec(
+                        fit.codebooks[kind],
+                        fit.channels[kind],
+                        **fit.extras[kind],
+                        heads=layer.kv_heads,
+                    )
                     for kind in KINDS
                 )
             )
-            for fit in fits
+            for fit, layer in zip(fits, self._geometry.layers, strict=True)
         )
         return self._finished(CacheFormat(recipe.spec.name, self._geometry, layers, 0, 0))
 
@@ -239,6 +257,9 @@ class Candidates:
         """`format` with the window and sinks that all rows share, on the model's device."""
         shared = replace(format, window=self.window, sinks=self.sinks)
         return shared.to(self._opened.model.device)
+
+    def _sampled(self) -> dict[str, str]:
+        return {"samples": digest_json(self._store().meta)}
 
     def _store(self) -> SampleStore:
         return self._samples

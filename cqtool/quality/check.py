@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cqtool.cache import CacheFormat
 from cqtool.codebooks.calibrate import library_versions
 from cqtool.data import TokenWindows, load_windows, overlap, resolve_source
 from cqtool.errors import CqtoolError, RecipeError
-from cqtool.files import write_json
+from cqtool.files import digest_json, write_json
 from cqtool.layout.config import QUALITY_NAME, REPORTS_NAME, read_config
 from cqtool.manifest import MANIFEST_NAME
+from cqtool.models.fingerprint import fingerprint
 from cqtool.models.load import OpenedModel
-from cqtool.progress import SILENT, Progress, Task
-from cqtool.quality.candidates import Candidate, Candidates, distinct
+from cqtool.progress import SILENT, Progress
+from cqtool.quality.candidates import Candidates, distinct
+from cqtool.quality.finished import FinishedRows, Measured
 from cqtool.quality.harness import Harness
-from cqtool.quality.layers import LayerCost, layer_cost, only
-from cqtool.quality.measure import WindowFigures, add_window, quantized_logits
-from cqtool.quality.reference import Reference
-from cqtool.quality.report import (
-    QualityReport,
-    Row,
-    Skipped,
-    judge,
-    paired_with,
-    row_figures,
-)
+from cqtool.quality.items import Item
+from cqtool.quality.memory import OutOfMemory
+from cqtool.quality.report import QualityReport, Skipped, judge, paired_with
+from cqtool.quality.run import Run
 from cqtool.quality.settings import CheckSettings
-from cqtool.quality.simulate import require_simulation
-from cqtool.quality.storage import cache_bytes, context_bits, typical_length
 from cqtool.quality.tasks import TaskRun, task_items
-from cqtool.spec import KINDS
-
-_SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def check(
@@ -46,7 +39,7 @@ def check(
     """Measure `calibration` and keep the figures where :func:`report_path` says.
 
     Formats are made, measured and let go one after the other, so that memory does not grow with
-    their number.
+    their number. Each row is kept until there is a report, see :mod:`cqtool.quality.finished`.
 
     Raises:
         ArtifactError: the calibration is damaged or of another model.
@@ -68,21 +61,32 @@ def check(
     compared, skipped = known.compared()
     windows = _windows(opened, calibration, settings, progress)
     tasks = TaskRun(opened, items) if items else None
-    run = _Run(opened, settings, windows, tasks, harness, progress)
-    rows: list[Row] = []
-    for candidate in distinct([known.checked, *against, *compared]):
+    run = Run(opened, settings, windows, tasks, harness, progress)
+    finished = FinishedRows(
+        calibration, _decisive(opened, settings, known, windows, items, harness), progress
+    )
+    found: list[Measured] = []
+    for number, candidate in enumerate(distinct([known.checked, *against, *compared])):
+        before = finished.find(candidate)
+        if before is not None:
+            found.append(before)
+            continue
         try:
-            rows.append(run.measure(candidate))
-        except (CqtoolError, torch.cuda.OutOfMemoryError) as error:
-            if not candidate.optional:
+            found.append(run.measure(candidate))
+        except CqtoolError as error:
+            # What was named is wanted; but where only memory lacks, the other formats still are.
+            spare = isinstance(error, OutOfMemory) and number > len(against)
+            if not (candidate.optional or spare):
                 raise
             skipped.append(Skipped(candidate.label, str(error)))
+        else:
+            finished.keep(candidate, found[-1])
+    rows = [one.row for one in found]
     by_layer = run.by_layer(known.checked) if settings.by_layer else ()
     for one in skipped:
         progress.note(f"{one.name} is left out: {one.reason}")
-    generation = None if tasks is None else tasks.result()
-    scores = None if harness is None else harness.result()
-    all_scores = [score for part in (generation, scores) if part for score in part.scores]
+    parts = zip(run.full_scores, *((one.generation, one.tasks) for one in found), strict=True)
+    generated, of_tasks = (list(chain(*part)) for part in parts)
     report = QualityReport(
         model=opened.base_id,
         evaluation={
@@ -95,19 +99,20 @@ def check(
         device=str(opened.model.device),
         dtype=str(opened.model.dtype).removeprefix("torch."),
         versions=library_versions(),
-        rows=(run.full_row(), *rows),
+        rows=(run.full_row(rows[0]), *rows),
         gates=judge(rows[0], settings.gates),
-        generation=generation,
-        tasks=scores,
+        generation=None if tasks is None else tasks.result(generated),
+        tasks=None if harness is None else harness.result(of_tasks),
         context=settings.context or settings.window_length,
         against=tuple(row.label for row in rows[1 : 1 + len(against)]),
-        paired=paired_with(rows[0], rows[1:], all_scores),
+        paired=paired_with(rows[0], rows[1:], [*generated, *of_tasks]),
         skipped=tuple(skipped),
         by_layer=by_layer,
     )
     path = report_path(calibration, report)
     if path is not None:
         write_json(path, report.to_json())
+    finished.clear()
     return report
 
 
@@ -151,108 +156,26 @@ def _windows(
     return windows
 
 
-class _Run:
-    """Measures one candidate after the other on the same windows and items."""
-
-    def __init__(
-        self,
-        opened: OpenedModel,
-        settings: CheckSettings,
-        windows: TokenWindows,
-        tasks: TaskRun | None,
-        harness: Harness | None,
-        progress: Progress,
-    ) -> None:
-        self._model, self._settings, self._windows = opened.model, settings, windows
-        self._tasks, self._harness, self._progress = tasks, harness, progress
-        self._reference = Reference(opened.model, windows.ids)
-        self._full = WindowFigures()
-        self._bytes_full = 0.0
-        dtype = str(opened.model.dtype).removeprefix("torch.")
-        self._name = _SHORT_DTYPES.get(dtype, dtype)
-        self._full_bits = 8.0 * opened.model.dtype.itemsize
-        for run in (tasks, harness):
-            if run is not None:
-                run.measure(self._full_label, None, progress)
-
-    @property
-    def _full_label(self) -> str:
-        return f"{self._name} (full)"
-
-    def measure(self, candidate: Candidate) -> Row:
-        """Everything about one candidate; its format is gone afterwards."""
-        format = candidate.make()
-        if self._settings.mode == "teacher":
-            require_simulation(self._model, format, self._windows.ids[0])
-        length = self._settings.window_length
-        with self._progress.task(candidate.label, total=self._settings.windows) as task:
-            figures = self._over_windows(format, task)
-        held = typical_length(format, length)
-        stored, whole = cache_bytes(self._model, format, self._windows.ids[0][:held])
-        if not self._bytes_full:
-            # The calibration comes first, and its codes have no blocks: this is all of the window.
-            self._bytes_full = whole / held
-        for run in (self._tasks, self._harness):
-            if run is not None:
-                run.measure(candidate.label, format, self._progress)
-        key_bits, value_bits = format.bits_per_channel
-        geometry = format.geometry
-        keys = sum(layer.kv_heads * layer.key_dim for layer in geometry.layers)
-        share = keys / geometry.channels_per_token
-        return Row(
-            name=format.name,
-            label=candidate.label,
-            objective=candidate.objective,
-            fitted=candidate.fitted,
-            key_bits=key_bits,
-            value_bits=value_bits,
-            bits_per_channel=share * key_bits + (1 - share) * value_bits,
-            window=format.window,
-            sinks=format.sinks,
-            effective_bits=self._full_bits * stored / whole,
-            context_bits=context_bits(format, self._settings.context or length, self._full_bits),
-            cache_bytes_per_token=stored / held,
-            cache_bytes_per_token_full=whole / held,
-            **row_figures(self._full, figures, length),
-        )
-
-    def by_layer(self, candidate: Candidate) -> tuple[LayerCost, ...]:
-        """What each layer's keys and values cost alone."""
-        format, costs = candidate.make(), []
-        parts = [(layer, kind) for layer in range(len(format.layers)) for kind in KINDS]
-        passes = len(parts) * self._settings.windows
-        with self._progress.task(f"{candidate.label} by layer", total=passes) as task:
-            for layer, kind in parts:
-                figures = self._over_windows(only(format, layer, kind), task)
-                costs.append(layer_cost(format, layer, kind, figures.kl))
-        return tuple(costs)
-
-    def full_row(self) -> Row:
-        """Full precision's row, once a candidate was measured."""
-        return Row(
-            name=self._name,
-            label=self._full_label,
-            objective=None,
-            fitted=False,
-            key_bits=self._full_bits,
-            value_bits=self._full_bits,
-            bits_per_channel=self._full_bits,
-            window=0,
-            sinks=0,
-            effective_bits=self._full_bits,
-            context_bits=self._full_bits,
-            cache_bytes_per_token=self._bytes_full,
-            cache_bytes_per_token_full=self._bytes_full,
-            **row_figures(self._full, self._full, self._settings.window_length),
-        )
-
-    def _over_windows(self, format: CacheFormat, task: Task) -> WindowFigures:
-        figures = WindowFigures()
-        for number, ids in enumerate(self._windows.ids):
-            reference = self._reference.logits(number)
-            if len(self._full.nll) == number:
-                add_window(self._full, reference, reference, ids)
-            logits = quantized_logits(self._model, format, ids, self._settings.mode)
-            add_window(figures, reference, logits, ids)
-            task.advance()
-        return figures
+def _decisive(
+    opened: OpenedModel,
+    settings: CheckSettings,
+    known: Candidates,
+    windows: TokenWindows,
+    items: Sequence[Item],
+    harness: Harness | None,
+) -> dict[str, Any]:
+    """What decides every row of a check, JSON-ready."""
+    device = opened.model.device
+    return {
+        "model": fingerprint(opened.model),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "dtype": str(opened.model.dtype),
+        "versions": library_versions(),
+        "text": windows.digest,
+        "mode": settings.mode,
+        "context": settings.context,
+        "window": known.window,
+        "sinks": known.sinks,
+        "items": digest_json([asdict(item) for item in items]),
+        "tasks": None if harness is None else harness.identity,
+    }

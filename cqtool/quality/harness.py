@@ -22,6 +22,7 @@ from typing import Any
 
 from cqtool.cache import CacheFormat, CQCache
 from cqtool.errors import CqtoolError, DataError, EnvironmentProblem, RecipeError
+from cqtool.files import sha256_file
 from cqtool.models.load import OpenedModel
 from cqtool.progress import SILENT, Progress
 from cqtool.quality.measure import Mode, quantized_logits
@@ -101,7 +102,7 @@ class Harness:
                 "the data set exists and this machine can reach it, or download it beforehand."
             ) from error
         self._full: dict[tuple[str, str], Score] = {}
-        self._scores: list[Score] = []
+        self._folder = folder
 
     @classmethod
     def of(cls, opened: OpenedModel, settings: CheckSettings) -> Harness | None:
@@ -112,8 +113,19 @@ class Harness:
             return None
         return cls(opened, settings.tasks, settings.task_folder, settings.items, settings.mode)
 
-    def measure(self, label: str, format: CacheFormat | None, progress: Progress = SILENT) -> None:
-        """Run all tasks over a cache of `format`.
+    @property
+    def identity(self) -> list[Any]:
+        """What decides the scores beside the model and the format, JSON-ready."""
+        folder, digests = self._folder, {}
+        if folder is not None:
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            digests = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
+        return [self._names, self._items, SEED, version("lm_eval"), digests]
+
+    def measure(
+        self, label: str, format: CacheFormat | None, progress: Progress = SILENT
+    ) -> tuple[Score, ...]:
+        """Run all tasks over a cache of `format`; its scores.
 
         Args:
             label: of the format's row.
@@ -147,19 +159,21 @@ class Harness:
                     "tasks and model, and leave out of --tasks what does not run there either."
                 ) from error
             bar.advance()
+        scores = []
         for task, samples in found["samples"].items():
             higher = found["higher_is_better"].get(task, {})
             for measure, values in _outcomes(samples).items():
-                metric = measure.partition(" ")[0]
-                self._add(label, task, measure, values, higher.get(metric) is not False)
+                better = higher.get(measure.partition(" ")[0]) is not False
+                scores.append(self._score(label, task, measure, values, better))
+        return tuple(scores)
 
-    def result(self) -> HarnessScores:
-        """The scores so far."""
-        return HarnessScores(
-            self._names, self._items, SEED, version("lm_eval"), tuple(self._scores)
-        )
+    def result(self, scores: Sequence[Score]) -> HarnessScores:
+        """`scores` of all formats, and what they are of."""
+        return HarnessScores(self._names, self._items, SEED, version("lm_eval"), tuple(scores))
 
-    def _add(self, label: str, task: str, measure: str, values: list[float], higher: bool) -> None:
+    def _score(
+        self, label: str, task: str, measure: str, values: list[float], higher: bool
+    ) -> Score:
         score = Score(
             format=label,
             task=task,
@@ -176,7 +190,7 @@ class Harness:
             ),
         )
         self._full.setdefault((task, measure), score)
-        self._scores.append(score)
+        return score
 
 
 def _outcomes(samples: Sequence[dict[str, Any]]) -> dict[str, list[float]]:

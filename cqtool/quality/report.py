@@ -100,8 +100,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A format of ``--compare all`` that could not be measured here, and the sentence that says
-    why."""
+    """A format that could not be measured here, and the sentence that says why: one of ``--compare
+    all``, or one that did not fit into memory."""
 
     name: str
     reason: str

@@ -30,6 +30,8 @@ from cqtool.models.tap import AttentionTap, ObservingCache
 _GUARD_TOKENS = 64
 # A model that counts keys is far beyond; half precision rounds the doubled attention otherwise.
 _GUARD_KL, _GUARD_KL_HALF = 1e-3, 0.02
+# Masks kept of one pass. Models have one or two; some cut a new one in every layer.
+_MASKS = 4
 
 
 def teacher_forced_logits(model: PreTrainedModel, format: CacheFormat, ids: Tensor) -> Tensor:
@@ -106,6 +108,8 @@ def require_simulation(model: PreTrainedModel, format: CacheFormat, ids: Tensor)
         found = teacher_forced_logits(model, identity, ids)
         logs = [part.float().log_softmax(dim=-1) for part in (expected, found)]
         divergence = float((logs[0].exp() * (logs[0] - logs[1])).sum(dim=-1).mean())
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, IndexError, ValueError):
         divergence = float("inf")
     if not divergence < (_GUARD_KL if model.dtype == torch.float32 else _GUARD_KL_HALF):
@@ -158,26 +162,52 @@ def _doubled_masks(
         yield
         return
     column = torch.arange(tokens, device=device)
+    made: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
 
     def edit(layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         if not _sees_both(format, layer):
             return kwargs
-        mask = kwargs.get("attention_mask")
-        block = format.layers[layer].block
-        # The columns behind a token's block, against those that a query's window leaves over.
-        behind = column - column % block + block
-        recent = behind[None, :] > column[:, None] + 1 - format.window
-        if mask is None:
-            mask = (column[:, None] >= column[None, :])[None, None]
-        if mask.dtype == torch.bool:
-            halves = (mask & ~recent, mask & recent)
-        else:
-            lowest = torch.finfo(mask.dtype).min
-            halves = (mask.masked_fill(recent, lowest), mask.masked_fill(~recent, lowest))
-        return {**kwargs, "attention_mask": torch.cat(halves, dim=-1)}
+        given, block = kwargs.get("attention_mask"), format.layers[layer].block
+        # Layers of a kind are given the same mask, also where they are computed again. It is kept
+        # beside what was made of it: another one in its place in memory could have its id.
+        key = (id(given), block)
+        if key not in made:
+            made[key] = given, _doubled(given, column, block, format.window)
+            while len(made) > _MASKS:
+                made.pop(next(iter(made)))
+        return {**kwargs, "attention_mask": made[key][1]}
 
     tap.mask_editor = edit
     try:
         yield
     finally:
         tap.mask_editor = None
+
+
+def _doubled(mask: Tensor | None, column: Tensor, block: int, window: int) -> Tensor:
+    """What each query may see of the decoded tokens, then of those as they are.
+
+    Args:
+        mask: the model's own ``[batch or 1, 1, tokens, tokens]``, boolean or to be added; None
+            where each query sees all before it.
+        column: 0, 1, ... ``[tokens]``.
+        block: tokens that are encoded together.
+        window: newest tokens that are kept as they are.
+
+    Returns:
+        The same kind of mask, ``[batch or 1, 1, tokens, 2 * tokens]``.
+    """
+    # The columns behind a token's block, against those that a query's window leaves over.
+    behind = column - column % block + block
+    recent = behind[None, :] > column[:, None] + 1 - window
+    if mask is None:
+        mask = (column[:, None] >= column[None, :])[None, None]
+    elif mask.stride(0) == 0:
+        # One mask, shown once for each sequence of the batch.
+        mask = mask[:1]
+    if mask.dtype == torch.bool:
+        halves = (mask & ~recent, mask & recent)
+    else:
+        lowest = torch.finfo(mask.dtype).min
+        halves = (mask.masked_fill(recent, lowest), mask.masked_fill(~recent, lowest))
+    return torch.cat(halves, dim=-1)

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -23,6 +24,8 @@ from cqtool.quality.statistics import compare_items
 
 SEED = 0
 """The items are the same in every check, so that reports can be compared."""
+TOGETHER = 16
+"""Most items in a batch; models that compute logits for a whole context do it for all of them."""
 
 
 def task_items(opened: OpenedModel, names: Sequence[str], count: int) -> list[Item]:
@@ -61,51 +64,79 @@ class TaskRun:
         self._opened, self._items = opened, items
         self._references: list[list[int]] = []
         self._full: list[dict[str, float]] = []
-        self._scores: list[Score] = []
 
-    def measure(self, label: str, format: CacheFormat | None, progress: Progress = SILENT) -> None:
-        """Answer all items over a cache of `format`.
+    def measure(
+        self, label: str, format: CacheFormat | None, progress: Progress = SILENT
+    ) -> tuple[Score, ...]:
+        """Answer all items over a cache of `format`; its scores.
 
         Args:
             label: of the format's row.
             format: on the model's device; None is full precision.
             progress: where to report to.
         """
-        found = []
+        answers: dict[int, list[int]] = {}
         with progress.task(f"generation, {label}", total=len(self._items)) as bar:
-            for number, item in enumerate(self._items):
-                new = continuation(self._opened.model, item, format)
-                if len(self._references) == number:
-                    self._references.append(new)
-                text = str(self._opened.tokenizer.decode(new))
-                found.append(outcome(item, text, new, self._references[number]))
-                bar.advance()
+            for numbers in batches(self._items):
+                together = [self._items[number] for number in numbers]
+                new = continuations(self._opened.model, together, format)
+                answers.update(zip(numbers, new, strict=True))
+                bar.advance(len(numbers))
+        ordered = [answers[number] for number in range(len(self._items))]
+        self._references = self._references or ordered
+        found = [
+            outcome(item, str(self._opened.tokenizer.decode(new)), new, reference)
+            for item, new, reference in zip(self._items, ordered, self._references, strict=True)
+        ]
         self._full = self._full or found
-        self._scores += summarise_items(label, self._items, self._full, found)
+        return tuple(summarise_items(label, self._items, self._full, found))
 
-    def result(self) -> Generation:
-        """The scores so far."""
+    def result(self, scores: Sequence[Score]) -> Generation:
+        """`scores` of all formats, and what they are of."""
         tasks = tuple(dict.fromkeys(item.task for item in self._items))
-        return Generation(tasks, len(self._items) // len(tasks), SEED, tuple(self._scores))
+        return Generation(tasks, len(self._items) // len(tasks), SEED, tuple(scores))
 
 
-def continuation(model: PreTrainedModel, item: Item, format: CacheFormat | None) -> list[int]:
-    """The most likely tokens, one after the other: `item.new_tokens` ids.
+def batches(items: Sequence[Item]) -> list[list[int]]:
+    """Which items are answered together, as their numbers: at most :data:`TOGETHER`, all alike in
+    length, since padding would change what some formats code."""
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for number, item in enumerate(items):
+        shape = len(item.context), len(item.question), item.new_tokens
+        alike.setdefault(shape, []).append(number)
+    return [
+        numbers[start : start + TOGETHER]
+        for numbers in alike.values()
+        for start in range(0, len(numbers), TOGETHER)
+    ]
+
+
+def continuations(
+    model: PreTrainedModel, items: Sequence[Item], format: CacheFormat | None
+) -> list[list[int]]:
+    """The most likely tokens, one after the other: `new_tokens` ids for each item of a batch.
 
     Nothing but the cache may make two formats differ, and `generate` takes penalties and tokens to
     stop at from the model's own configuration; so this is the plain loop.
+
+    Args:
+        model: the model.
+        items: of the same lengths.
+        format: on the model's device; None is full precision.
     """
     cache: Cache = DynamicCache(config=model.config) if format is None else CQCache(format, model)
-    new: list[int] = []
+    new: list[Tensor] = []
     with torch.no_grad():
-        context = torch.tensor([item.context], device=model.device)
+        context = torch.tensor([item.context for item in items], device=model.device)
         model(input_ids=context, past_key_values=cache, use_cache=True, **_last_only(model))
-        ids = torch.tensor([item.question], device=model.device)
-        while len(new) < item.new_tokens:
+        ids = torch.tensor([item.question for item in items], device=model.device)
+        while len(new) < items[0].new_tokens:
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
             ids = logits[:, -1:].argmax(dim=-1)
-            new.append(int(ids))
-    return new
+            # Read at the end: a GPU need not wait for Python after each token.
+            new.append(ids)
+    answers: list[list[int]] = torch.cat(new, dim=1).tolist()
+    return answers
 
 
 def _last_only(model: PreTrainedModel) -> dict[str, int]:

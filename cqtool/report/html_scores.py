@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cqtool.artifact.measured import Generation, QualityReport
+from cqtool.artifact.measured import Generation, QualityReport, by_measure
 from cqtool.report.markup import Markup, table
 
 
@@ -10,19 +10,16 @@ def scores(title: str, measured: Generation | None) -> Markup:
     """Scores of tasks, the formats under each other for every measure."""
     if measured is None:
         return Markup()
-    measures = dict.fromkeys((one.task, one.measure, one.group) for one in measured.scores)
     rows = [
         (
             one.task,
-            f"{one.measure}, {one.group}" if one.group else one.measure,
+            measure,
             one.format,
             str(one.items),
             with_error(one.score, one.score_se, ".3g"),
             with_error(one.difference, one.difference_se, "+.3g"),
         )
-        for measure in measures
-        for one in measured.scores
-        if (one.task, one.measure, one.group) == measure
+        for measure, one in by_measure(measured.scores)
     ]
     caption = f"{title}; the difference is to full precision on the same items"
     columns = ("Task", "Measure", "Format", "Items", "Score", "Difference")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
-from cqtool.cache.format import CacheFormat
+from cqtool.cache.format import CacheFormat, LayerCodecs
 from cqtool.errors import RecipeError
 from cqtool.geometry import ModelGeometry
 from cqtool.sampling import SampleStore
@@ -50,6 +50,7 @@ def make_format(
     sinks: int,
     samples: Callable[[], SampleStore] | None = None,
     device: str = "cpu",
+    made: Sequence[LayerCodecs] = (),
 ) -> CacheFormat:
     """Bind a scheme to a model.
 
@@ -60,6 +61,7 @@ def make_format(
         sinks: first tokens kept in the model's dtype, and left out of fits.
         samples: opens samples of the model; called only for calibrated schemes.
         device: where those are fitted, such as ``cuda``; the codecs are on the CPU.
+        made: codecs of the first layers, of an earlier call with the same arguments.
 
     Raises:
         RecipeError: there is no scheme of that name, or it needs samples and there are none.
@@ -77,8 +79,8 @@ def make_format(
         if samples is None:
             raise RecipeError(f"'{name}' is fitted to samples of the model, and none were given.")
         store = samples()
-    layers = tuple(
+    rest = tuple(
         scheme.make(layer, None if store is None else LayerSamples(store, index, device, sinks))
-        for index, layer in enumerate(geometry.layers)
+        for index, layer in enumerate(geometry.layers[len(made) :], start=len(made))
     )
-    return CacheFormat(name, geometry, layers, window, sinks)
+    return CacheFormat(name, geometry, (*made, *rest), window, sinks)

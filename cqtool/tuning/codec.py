@@ -12,6 +12,7 @@ from cqtool.cache.codec import CQCodec, Stored
 from cqtool.cache.format import CacheFormat, LayerCodecs
 from cqtool.codebooks.codes import lookup
 from cqtool.codebooks.start import FIXED_ONE, fixed_point
+from cqtool.tuning import fused
 
 # Spread of a codebook whose centroids all coincide, so that it can move at all.
 _LEAST_SPREAD = 1e-4
@@ -61,6 +62,8 @@ class _SoftLookup(torch.autograd.Function):
             factor = factor.flatten(0, 1)
         to_points = torch.empty_like(points)
         step = max(1, _HELD // (points.shape[1] * tables.shape[1]))
+        if fused.usable(points, channels):
+            step = len(tables)
         for start in range(0, len(tables), step):
             part = slice(start, start + step)
             near = None if factor is None else factor[part]
@@ -73,6 +76,17 @@ class _SoftLookup(torch.autograd.Function):
         turned = to_points.view(heads, groups, batch, tokens, channels).permute(2, 0, 3, 1, 4)
         to_vectors = turned.flatten(3).to(vectors.dtype)
         return to_tables.view_as(codebook), None, to_vectors, None, None
+
+
+def _nearest(codec: CQCodec, grouped: Tensor) -> Tensor:
+    """:meth:`CQCodec.nearest`, at once where a GPU can do that."""
+    heads, groups, _, channels = codec.codebook.shape
+    if codec.feedback is not None or not fused.usable(grouped, channels):
+        return codec.nearest(grouped)
+    metric = None if codec.metric is None else codec.metric.flatten(0, 1)
+    points = _by_table(grouped, groups, channels)
+    codes = fused.nearest(points, codec.codebook.flatten(0, 1), metric)
+    return codes.view(heads, groups, grouped.shape[0], -1).permute(2, 0, 3, 1)
 
 
 def _by_table(vectors: Tensor, groups: int, channels: int) -> Tensor:
@@ -121,6 +135,17 @@ def _soft(
     taken = near.gather(1, codes[..., None].expand_as(points))
     error = (places - taken).square().sum(dim=-1).mean(dim=1)[:, None, None]
     scale = 1 / (softness * error).clamp_min(_LEAST_SPREAD**2)
+    gradients = fused.soft_gradients if fused.usable(points, points.shape[-1]) else _soft_gradients
+    to_near, to_places = gradients(tables, near, places, upstream, scale)
+    if factor is None:
+        return to_near, to_places
+    return to_near @ factor.mT, to_places @ factor.mT
+
+
+def _soft_gradients(
+    tables: Tensor, near: Tensor, places: Tensor, upstream: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`cqtool.tuning.fused.soft_gradients`, anywhere: what it has to agree with."""
     offset = -scale * near.square().sum(dim=-1).unsqueeze(1)
     weights = torch.baddbmm(offset, places, 2 * scale * near.transpose(1, 2)).softmax(dim=-1)
     mean = (upstream * torch.bmm(weights, tables)).sum(dim=-1, keepdim=True)
@@ -128,10 +153,7 @@ def _soft(
     slopes = torch.bmm(_beside(upstream, -mean), _beside(tables, 1).transpose(1, 2)).mul_(weights)
     sums = torch.bmm(slopes.transpose(1, 2), _beside(places, 1))
     to_near = 2 * scale * (sums[..., :-1] - sums[..., -1:] * near)
-    to_places = 2 * scale * torch.bmm(slopes, near)
-    if factor is None:
-        return to_near, to_places
-    return to_near @ factor.mT, to_places @ factor.mT
+    return to_near, 2 * scale * torch.bmm(slopes, near)
 
 
 def _beside(rows: Tensor, last: Tensor | float) -> Tensor:
@@ -157,7 +179,8 @@ class TrainedCodec:
             centroid; 0 for gradients to the centroid taken and nothing else.
 
     Attributes:
-        delta: the parameter, ``[kv_heads, groups, centroids, channels]``, zero at the start.
+        delta: the parameter, ``[kv_heads, groups, centroids, channels]``, zero at the start; of one
+            head, whose gradient is the sum over all, where they share the codebook.
     """
 
     before_rope = True
@@ -167,7 +190,7 @@ class TrainedCodec:
         self.start = start
         self.softness = softness
         self.bits_per_channel = start.bits_per_channel
-        self._base = start.codebook.float()
+        self._base = start.stored_codebook.float()
         spread = self._base.std(dim=2, correction=0).square().mean(dim=-1).sqrt()
         spread = spread.clamp_min(_LEAST_SPREAD)[:, :, None, None]
         self._distance = spread * 2.0 ** (-start.bits / start.codebook.shape[-1])
@@ -178,14 +201,14 @@ class TrainedCodec:
     def codebook(self) -> Tensor:
         """float32 ``[kv_heads, groups, centroids, channels]``."""
         codebook: Tensor = self._base + self._distance * self.delta
-        return codebook
+        return codebook.expand_as(self.start.codebook)
 
     def encode(self, vectors: Tensor) -> Stored:
         """The codes, not packed, int64 ``[batch, kv_heads, tokens, groups]``, and the vectors that
         they were chosen for."""
         grouped, stored = self.start.prepare(vectors)
         with torch.no_grad():
-            codes = self.start.with_codebook(self.codebook).nearest(grouped)
+            codes = _nearest(self.start.with_codebook(self.codebook), grouped)
         return {"codes": codes, "vectors": grouped, **stored}
 
     def decode(self, stored: Stored) -> Tensor:

@@ -181,7 +181,7 @@ def _write(
         for kind in KINDS:
             codec = layer.key if kind == "key" else layer.value
             assert isinstance(codec, CQCodec)
-            tensors[codebook_name(index, kind)] = codec.codebook.contiguous().cpu()
+            tensors[codebook_name(index, kind)] = codec.stored_codebook.contiguous().cpu()
     config = read_object(calibration / CONFIG_NAME, REMEDY, limit=MAX_JSON_BYTES)
     fitted = read_object(calibration / CALIBRATION_NAME, REMEDY, limit=MAX_JSON_BYTES)
     with atomic_dir(out) as folder:

@@ -89,6 +89,31 @@ def test_groups_of_any_channels_are_timed_and_checked_as_they_are() -> None:
         assert encoding.excess() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("grouping", "pairing"),
+    [("contiguous", "paired"), ("correlation", "scatter"), ("pairs", "closed")],
+)
+def test_random_groups_are_those_of_a_calibration(grouping: Any, pairing: str) -> None:
+    (format,) = parse_formats(["cq-8c8b"], groupings=[grouping])
+    problem = CodedProblem(LOAD, format, torch.float32, CPU)
+    assert problem.tables.pairing == pairing
+    assert problem.error() < 1e-5
+    if grouping == "contiguous":
+        assert problem.channels == (None, None)
+        return
+    places = ((0, 0), (0, 1), (1, 0))  # layer and seed
+    found = [format.layer_channels(layer, 2, 64, problem.rotation, seed) for layer, seed in places]
+    for keys, values in found:
+        assert keys is not None and values is not None
+        for order in (keys, values):
+            assert (order.sort(dim=1).values == torch.arange(64)).all()
+        assert not torch.equal(keys, values)
+    first, *others = [keys.tolist() for keys, _ in found if keys is not None]
+    assert problem.channels[0] is not None
+    assert problem.channels[0].tolist() == first
+    assert first not in others
+
+
 def test_a_wrong_code_and_a_missing_number_are_found() -> None:
     (format,) = parse_formats(["cq-8c8b"])
     problem = CodedProblem(LOAD, format, torch.float32, CPU)

@@ -37,18 +37,25 @@ def test_engines_are_timed_on_a_layer_and_reach_the_same_objective() -> None:
     ]
     for faiss, batched in (found["rows"][:2], found["rows"][2:]):
         assert batched["objective"] == pytest.approx(faiss["objective"], rel=5e-3)
+        best = min(faiss["objective"], batched["objective"])
+        for row in (faiss, batched):
+            assert row["over_best"] == pytest.approx(row["objective"] / best - 1)
     for row in found["rows"]:
         assert row["seconds_per_codebook"] > 0
         assert row["layer_seconds"] == pytest.approx(48 * row["seconds_per_codebook"])
     assert found["rows"][0]["objective"] < found["rows"][2]["objective"]
     (table,) = tables(report)
     assert [row[0] for row in table.rows] == ["faiss", "batched", "faiss", "batched"]
+    assert table.notes[0].endswith("limit 0.5%: met")
+    found["rows"][1]["over_best"] = 0.006
+    (table,) = tables(report)
+    assert table.notes[0].endswith("by 0.60% at most, limit 0.5%: missed")
     assert not report["skipped"]
 
 
 def test_without_faiss_the_batched_engine_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    report = run(make_settings(**WANTED))
+    report = run(make_settings(**WANTED | {"groupings": ["correlation,contiguous"]}))
     (found,) = report["kmeans"]
     assert {row["engine"] for row in found["rows"]} == {"batched"}
     (table,) = tables(report)

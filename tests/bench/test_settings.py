@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from cqtool.bench.formats import open_artifact, parse_formats, require_divisible, require_geometry
+from cqtool.bench.formats import (
+    BenchFormat,
+    open_artifact,
+    parse_formats,
+    require_divisible,
+    require_geometry,
+)
 from cqtool.bench.settings import BenchSettings, make_settings
 from cqtool.bench.shapes import SHAPES
 from cqtool.bench.suites import TARGET_LOADS, decode_target
 from cqtool.errors import ArtifactError, RecipeError
+from cqtool.geometry import KeyRotation, LayerGeometry, ModelGeometry
+from cqtool.spec import CacheSpec, CQSpec, LayerCodes
 
 
 def test_without_shape_and_suite_the_targets_run() -> None:
@@ -44,6 +53,8 @@ def test_words_are_split_at_commas_and_k_is_1024() -> None:
         ({"target": "tiny", "suite": "targets"}, "give either a shape or --suite"),
         ({"artifact": "a"}, "Give the shape of the artifact's base model"),
         ({"target": "t", "artifact": "a", "formats": ["cq-8c8b"]}, "leave out --format"),
+        ({"target": "t", "artifact": "a", "groupings": ["pairs"]}, "leave out --grouping"),
+        ({"groupings": ["file"]}, "--grouping file is not known; use contiguous, correlation"),
         ({"window": -1}, "--window -1 is too small"),
     ],
 )
@@ -68,6 +79,43 @@ def test_formats_by_name_with_keys_and_values_of_their_own() -> None:
     (odd,) = parse_formats(["cq-3c8b"])
     with pytest.raises(RecipeError, match="128 channels do not divide into groups of 3"):
         require_divisible(odd, SHAPES["llama-2-7b"])
+
+
+def test_each_format_comes_with_each_grouping_and_values_have_no_pairs() -> None:
+    names = ["cq-8c8b", "k-cq-4c8b-v-cq-8c8b"]
+    found = parse_formats(names, groupings=("contiguous", "correlation", "pairs"))
+    assert [format.name for format in found] == [
+        name + ending for name in names for ending in ("", " correlation", " pairs")
+    ]
+    assert [(format.spec.key.grouping, format.spec.value.grouping) for format in found[3:]] == [
+        ("contiguous", "contiguous"),
+        ("correlation", "correlation"),
+        ("pairs", "correlation"),
+    ]
+    (odd,) = parse_formats(["cq-1c2b"], groupings=("pairs",))
+    with pytest.raises(RecipeError, match="Groups of 1 channels cannot hold whole pairs"):
+        require_divisible(odd, SHAPES["tiny"])
+
+
+def test_layers_with_codes_of_their_own_are_measured_one_of_each_code() -> None:
+    (plain,) = parse_formats(["cq-8c8b"])
+    assert plain.of_each_code == [plain]
+    finer, coarse = CQSpec(4, 8, "correlation"), CQSpec(8, 4)
+    spec = CacheSpec(
+        plain.spec.key, plain.spec.value, 5, 2,
+        (LayerCodes(0, 0, finer, coarse), LayerCodes(2, 2, finer, coarse)),
+    )  # fmt: skip
+    rotations = [KeyRotation("half", 8, offset) for offset in range(4)]
+    geometry = ModelGeometry(2, tuple(LayerGeometry(2, 8, 8, None, turn) for turn in rotations))
+    books = tuple((torch.full((2, 1, 1, 8), i), torch.full((2, 1, 1, 8), -i)) for i in range(4))
+    orders = tuple((torch.arange(8) + i, None) for i in range(4))
+    mixed = BenchFormat(spec, books, geometry, "folder", orders)
+    first, second = mixed.of_each_code
+    assert (first.name, second.name) == ("k-cq-4c8b-v-cq-8c4b correlation/contiguous", "cq-8c8b")
+    assert (second.spec.window, second.spec.sinks, second.spec.layers) == (5, 2, ())
+    assert second.codebooks == (books[1],)
+    assert second.rotation(0, 8) == rotations[1]
+    assert second.layer_channels(0, 2, 8, rotations[1], 0) == orders[1]
 
 
 def test_an_artifact_keeps_its_codebooks_and_is_refused_for_another_shape(calibration) -> None:

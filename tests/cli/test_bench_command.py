@@ -77,6 +77,7 @@ SCHEMA: dict[str, Any] = {
             },
         },
         "kmeans": {"type": "array"},
+        "tune": {"type": "array"},
         "skipped": {"type": "array"},
     },
     "additionalProperties": False,

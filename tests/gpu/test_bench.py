@@ -9,7 +9,7 @@ from cqtool.bench.kernels import KernelSettings, bench_decode
 from cqtool.bench.memory import growing_segments, peak_memory
 from cqtool.bench.problem import AttentionLoad
 from cqtool.bench.run import run
-from cqtool.bench.settings import make_settings
+from cqtool.bench.settings import GROUPINGS, make_settings
 from cqtool.bench.timing import measure_bandwidth, time_calls
 
 pytestmark = [
@@ -37,7 +37,8 @@ def test_formats_and_rivals_are_right_and_get_times(device):
     from cqtool.bench.formats import parse_formats
 
     load = AttentionLoad("small", 2, 8, 2, 128, 777)
-    formats = parse_formats(["cq-8c8b", "cq-8c10b", "cq-4c8b", "cq-2c8b"])
+    names = ["cq-8c8b", "cq-8c10b", "cq-4c8b", "cq-2c8b"]
+    formats = parse_formats(names, groupings=GROUPINGS)
     settings = KernelSettings(device, torch.float16, 5)
     found = bench_decode(load, formats, settings, measure_bandwidth(device, 5))
     timed = {row["format"] for row in found["kernels"]}
@@ -97,3 +98,14 @@ def test_the_largest_batch_of_a_small_model_is_generated(device):
         "static": 64,
         "cq": 64,
     }
+
+
+def test_a_step_of_tuning_is_recorded_and_its_memory_counted(device):
+    wanted = {"target": "tiny", "parts": ["tune"], "formats": ["cq-8c8b"], "prompt": 64}
+    (found,) = run(make_settings(**wanted, batches=["4"], repeats=3))["tune"]
+    (row,) = found["rows"]
+    assert found["dtype"] == "bfloat16"
+    assert (row["micro_batch"], row["gradient_checkpointing"]) == (4, False)
+    assert row["cuda_graph"]
+    assert row["first_step"] > row["step"]["median"]
+    assert row["memory"]["torch_peak_bytes"] > 0

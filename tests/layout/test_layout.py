@@ -277,6 +277,26 @@ def test_channels_belong_to_groups_that_are_not_contiguous(calibration: Path) ->
         check(calibration)
 
 
+def test_a_codebook_that_heads_share_is_stored_once(calibration: Path) -> None:
+    path, config = calibration / "codebooks.safetensors", calibration / "cq_config.json"
+    assert read_config(calibration).cache.key.sharing == "none"
+    edit_json(config, lambda c: c["cache"]["key"].update(sharing="heads"))
+    with pytest.raises(ArtifactError, match=r"key.codebook is F16 .* should be .*\[1, 4, 8, 4"):
+        check(calibration)
+    before = path.stat().st_size
+    tensors = {
+        name: tensor[:1].clone() if ".key." in name else tensor
+        for name, tensor in codebooks().items()
+    }
+    save_file(tensors, path)
+    # In each of two layers, 4 codebooks of 8 centroids with 4 numbers less.
+    assert before - check(calibration) == pytest.approx(2 * 4 * 8 * 4 * 2, abs=16)
+    assert read_config(calibration).codebook_shapes["layers.1.value.codebook"][0] == 2
+    edit_json(config, lambda c: c["cache"]["key"].update(sharing="layers"))
+    with pytest.raises(ArtifactError, match="'sharing' must be one of none, heads"):
+        read_config(calibration)
+
+
 KEY_GROUPS, KEY_SIZE = 4, 4
 
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
+from small_checks import calibrated, settings
 
 from cqtool.artifact.export import export
 from cqtool.cache import CQCache, LayerCodecs
 from cqtool.cache.loading import load_format
-from cqtool.codebooks.calibrate import calibrate
 from cqtool.data import load_windows, resolve_source
 from cqtool.errors import ArtifactError, RecipeError, SampleError
 from cqtool.manifest import verify_folder
 from cqtool.models.load import open_model
-from cqtool.quality import CheckSettings, Gates, check
+from cqtool.quality import Gates, check
 from cqtool.quality.measure import WindowFigures, add_window, full_logits, quantized_logits
-from cqtool.recipe import load_recipe
 from cqtool.schemes.scalar import HalfCodec
 
 
@@ -31,27 +29,8 @@ def opened(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def folder(opened, tiny_text_file, tmp_path_factory):
-    recipe = load_recipe(
-        "cq-8c8b",
-        {
-            "calibration.dataset": str(tiny_text_file),
-            "calibration.split": "train",
-            "calibration.sequences": 8,
-            "calibration.sequence_length": 64,
-            "kmeans.iterations": 10,
-            "format": "cq-4c6b",
-            "window": 8,
-            "sinks": 2,
-        },
-    )
     out = tmp_path_factory.mktemp("check") / "cal"
-    calibrate(opened, recipe, out)
-    return out
-
-
-def settings(text: Path, **changes) -> CheckSettings:
-    values = {"dataset": str(text), "split": "test", "windows": 3, "window_length": 96}
-    return CheckSettings(**{**values, **changes})
+    return calibrated(opened, tiny_text_file, out, **{"kmeans.iterations": 10})
 
 
 def test_rows_gates_and_report(folder, opened, tiny_text_file):
@@ -199,18 +178,8 @@ def test_a_path_that_is_no_artifact_is_refused(opened, tmp_path):
 
 
 def test_a_format_to_compare_has_groups_as_the_calibration(opened, tiny_text_file, tmp_path):
-    overrides = {
-        "calibration.dataset": str(tiny_text_file),
-        "calibration.split": "train",
-        "calibration.sequences": 8,
-        "calibration.sequence_length": 64,
-        "kmeans.iterations": 10,
-        "format": "cq-4c4b",
-        "grouping": "pairs",
-        "window": 8,
-    }
-    out = tmp_path / "cal"
-    calibrate(opened, load_recipe("cq-8c8b", overrides), out)
+    changes = {"kmeans.iterations": 10, "format": "cq-4c4b", "grouping": "pairs", "sinks": 4}
+    out = calibrated(opened, tiny_text_file, tmp_path / "cal", **changes)
     again = settings(tiny_text_file, compare=("cq-4c4b:fisher",))
     _, own, fitted = check(opened, out, again).rows
     assert own.kl == fitted.kl > 0

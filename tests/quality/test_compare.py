@@ -9,39 +9,23 @@ import weakref
 
 import numpy as np
 import pytest
+from small_checks import calibrated, settings
 from typer.testing import CliRunner
 
 from cqtool.artifact.card_commands import _compare_name
 from cqtool.artifact.export import export
 from cqtool.artifact.measured import read_quality
 from cqtool.cli.app import app
-from cqtool.codebooks.calibrate import calibrate
 from cqtool.errors import ArtifactError, EnvironmentProblem, RecipeError, SampleError
 from cqtool.models.load import open_model
-from cqtool.quality import CheckSettings, candidates, check, reference
+from cqtool.quality import candidates, check, reference
 from cqtool.quality.measure import full_logits
 from cqtool.quality.reference import Reference
-from cqtool.recipe import load_recipe
 from cqtool.schemes import SCHEMES
 from cqtool.schemes.scalar import IntCodec
 from cqtool.schemes.scheme import uncalibrated
 
 PLAIN = {name: SCHEMES[name] for name in ("fp16", "int2", "int4")}
-
-
-def make(opened, text, out, **changes):
-    overrides = {
-        "calibration.dataset": str(text),
-        "calibration.split": "train",
-        "calibration.sequences": 8,
-        "calibration.sequence_length": 64,
-        "kmeans.iterations": 5,
-        "format": "cq-4c6b",
-        "window": 8,
-        "sinks": 2,
-    }
-    calibrate(opened, load_recipe("cq-8c8b", overrides | changes), out)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +35,7 @@ def opened(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def folder(opened, tiny_text_file, tmp_path_factory):
-    return make(opened, tiny_text_file, tmp_path_factory.mktemp("compare") / "cal")
+    return calibrated(opened, tiny_text_file, tmp_path_factory.mktemp("compare") / "cal")
 
 
 @pytest.fixture
@@ -61,11 +45,6 @@ def few(monkeypatch):
     monkeypatch.setattr(candidates, "SCHEMES", schemes)
     monkeypatch.setattr("cqtool.schemes.registry.SCHEMES", schemes)
     return schemes
-
-
-def settings(text, **changes) -> CheckSettings:
-    values = {"dataset": str(text), "split": "test", "windows": 3, "window_length": 96}
-    return CheckSettings(**{**values, **changes})
 
 
 def test_all_is_every_scheme_and_the_paper_and_names_what_is_missing(
@@ -126,7 +105,9 @@ def test_a_scheme_that_breaks_while_it_is_measured_is_named_too(
 def test_the_papers_method_stands_beside_a_calibration_that_is_not_its(
     opened, tiny_text_file, tmp_path, few
 ):
-    out = make(opened, tiny_text_file, tmp_path / "cal", grouping="pairs", objective="uniform")
+    out = calibrated(
+        opened, tiny_text_file, tmp_path / "cal", grouping="pairs", objective="uniform"
+    )
     report = check(opened, out, settings(tiny_text_file, compare=("all", "cq-4c6b:uniform")))
     labels = [row.label for row in report.rows]
     # The samples have no gradients, without which there is no Fisher information.
@@ -140,8 +121,8 @@ def test_the_papers_method_stands_beside_a_calibration_that_is_not_its(
 
 
 def test_the_paper_in_a_name_is_contiguous_groups_and_fisher(opened, tiny_text_file, tmp_path):
-    pairs = make(opened, tiny_text_file, tmp_path / "pairs", grouping="pairs")
-    plain = make(opened, tiny_text_file, tmp_path / "plain")
+    pairs = calibrated(opened, tiny_text_file, tmp_path / "pairs", grouping="pairs")
+    plain = calibrated(opened, tiny_text_file, tmp_path / "plain")
     paper = check(opened, pairs, settings(tiny_text_file, compare=("cq-4c6b:paper",))).rows
     assert paper[2].label == "cq-4c6b paper" and paper[2].objective == "fisher"
     assert paper[2].kl == check(opened, plain, settings(tiny_text_file)).rows[1].kl
@@ -150,8 +131,8 @@ def test_the_paper_in_a_name_is_contiguous_groups_and_fisher(opened, tiny_text_f
 
 
 def test_feedback_is_left_out_with_objectives_that_have_no_metric(opened, tiny_text_file, tmp_path):
-    fed = make(opened, tiny_text_file, tmp_path / "fed", objective="query", feedback="ldlq")
-    plain = make(opened, tiny_text_file, tmp_path / "plain")
+    fed = calibrated(opened, tiny_text_file, tmp_path / "fed", objective="query", feedback="ldlq")
+    plain = calibrated(opened, tiny_text_file, tmp_path / "plain")
     named = ("cq-4c6b:fisher", "cq-4c6b:query")
     rows = check(opened, fed, settings(tiny_text_file, compare=named)).rows
     assert [row.objective for row in rows[1:]] == ["query", "fisher", "query"]
@@ -229,7 +210,7 @@ def test_per_window_figures_and_positions_add_up(folder, opened, tiny_text_file)
 
 
 def test_another_calibration_is_compared_window_by_window(folder, opened, tiny_text_file, tmp_path):
-    other = make(opened, tiny_text_file, tmp_path / "fewer", format="cq-8c4b")
+    other = calibrated(opened, tiny_text_file, tmp_path / "fewer", format="cq-8c4b")
     artifact = export(other, tmp_path / "artifact").folder
     asked = settings(tiny_text_file, against=(str(artifact),), compare=("int4",), context=4096)
     report = check(opened, folder, asked)
@@ -248,7 +229,7 @@ def test_another_calibration_is_compared_window_by_window(folder, opened, tiny_t
 def test_the_command_prints_what_fits_and_draws_what_it_should(
     folder, tiny_model_dir, opened, tiny_text_file, tmp_path, few
 ):
-    out = make(opened, tiny_text_file, tmp_path / "cal")
+    out = calibrated(opened, tiny_text_file, tmp_path / "cal")
     command = ["check", str(tiny_model_dir), str(out), "--dataset", str(tiny_text_file)]
     command += ["--split", "test", "--windows", "2", "--window-length", "96", "--device", "cpu"]
 

@@ -98,9 +98,8 @@ def likelihood(opened, format, question, choice):
 def test_choices_are_scored_over_the_cache(opened, tasks, docs):
     harness = of(opened, tasks, "tiny_choice")
     formats = [("full", None), ("codes", random_format(opened.model, bits=2, window=4, sinks=1))]
-    for label, format in formats:
-        harness.measure(label, format)
-    found = {score.format: score for score in harness.result().scores}
+    scores = [one for label, format in formats for one in harness.measure(label, format)]
+    found = {score.format: score for score in harness.result(scores).scores}
     for label, format in formats:
         expected = []
         for doc in docs:
@@ -130,9 +129,9 @@ def test_text_is_generated_over_the_cache(opened, tasks, docs, monkeypatch):
     (tasks / "own.yaml").write_text(WRITE.replace("tiny_write", "tiny_own").format(data=data))
     harness = of(opened, tasks, "tiny_own", items=4)
     coarse = random_format(opened.model, bits=1)
-    for label, format in (("full", None), ("window", coarse_window(coarse)), ("codes", coarse)):
-        harness.measure(label, format)
-    scores = {score.format: score for score in harness.result().scores}
+    formats = ("full", None), ("window", coarse_window(coarse)), ("codes", coarse)
+    measured = [one for label, format in formats for one in harness.measure(label, format)]
+    scores = {score.format: score for score in measured}
     assert scores["full"].items == 4 and scores["full"].score == 1
     assert scores["window"].per_item == scores["full"].per_item
     assert scores["codes"].score < 1 and scores["codes"].difference == scores["codes"].score - 1

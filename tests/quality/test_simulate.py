@@ -12,8 +12,10 @@ from zoo import ALIBI, CONFIGS, random_ids, tiny
 
 from cqtool.cache import CacheFormat
 from cqtool.errors import ModelError
+from cqtool.quality import simulate
 from cqtool.quality.measure import quantized_logits
-from cqtool.quality.simulate import require_simulation
+from cqtool.quality.simulate import require_simulation, simulated_cache
+from cqtool.tuning.memory import recomputing_layers
 
 # These rotate early tokens otherwise in one long pass than in many short ones.
 SAME_EITHER_WAY = sorted(set(CONFIGS) - {"dynamic", "longrope"} - ALIBI)
@@ -48,8 +50,9 @@ def test_blocks_of_tokens_are_codes_as_soon_as_all_of_them_have_left_the_window(
         torch.testing.assert_close(teacher, decode, rtol=1e-3, atol=2e-3)
 
 
-def test_layers_with_and_without_blocks_may_be_mixed():
-    model = tiny("gemma3")
+@pytest.mark.parametrize("name", ["gemma3", "llama"])
+def test_layers_with_and_without_blocks_may_be_mixed(name):
+    model = tiny(name)
     ids = random_ids(1, 43)[0]
     blocks, single = means_format(model), random_format(model)
     for window in (0, 3):
@@ -87,6 +90,46 @@ def test_additive_and_boolean_masks(attention):
     torch.testing.assert_close(
         teacher, quantized_logits(model, format, ids, "decode"), rtol=1e-3, atol=2e-3
     )
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("llama", 1), ("gemma3", 2)])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed-again"])
+def test_a_mask_is_made_once_a_pass_for_each_kind_of_layer(
+    name, kinds, attention, again, monkeypatch
+):
+    model = tiny(name)
+    model.set_attn_implementation(attention)
+    format = random_format(model, window=6, sinks=1)
+    assert len(format.layers) > kinds
+    ids = random_ids(3, 30)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def gradient():
+        with recomputing_layers(model, again), simulated_cache(model, format, 30) as cache:
+            logits = model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits
+            found = torch.autograd.grad(logits.square().mean(), embedded)[0]
+        return logits, found
+
+    made = []
+    original = simulate._doubled
+
+    def counted(*args):
+        made.append(original(*args))
+        return made[-1]
+
+    monkeypatch.setattr(simulate, "_doubled", counted)
+    logits, found = gradient()
+    assert len(made) == kinds
+    # What is the same for all sequences is there once; the eager masks come one for each.
+    assert {mask.shape[0] for mask in made} == {1 if attention == "sdpa" else 3}
+    for row, alone in zip(ids, logits, strict=True):
+        decode = quantized_logits(model, format, row, "decode")
+        torch.testing.assert_close(alone, decode, rtol=1e-3, atol=2e-3)
+    # With one at a time, layers of two kinds that take turns have theirs made anew.
+    monkeypatch.setattr(simulate, "_MASKS", 1)
+    torch.testing.assert_close(gradient()[1], found)
+    assert (len(made) > 2 * kinds) == (kinds > 1)
 
 
 @pytest.mark.parametrize("name", sorted(ALIBI))

@@ -34,7 +34,16 @@ from cqtool.quality.items import (
     make_items,
     plain,
 )
-from cqtool.quality.tasks import TaskRun, continuation, outcome, summarise_items, task_items
+from cqtool.quality.scores import Score
+from cqtool.quality.tasks import (
+    TOGETHER,
+    TaskRun,
+    batches,
+    continuations,
+    outcome,
+    summarise_items,
+    task_items,
+)
 from cqtool.recipe import load_recipe
 from cqtool.schemes import make_format
 
@@ -213,9 +222,7 @@ def test_a_lossless_cache_scores_as_full_precision(tiny_model_dir, prose, monkey
     ]
     items = task_items(opened, ("divergence", "copy"), 2)
     run = TaskRun(opened, items)
-    for label, format in formats:
-        run.measure(label, format)
-    found = run.result()
+    found = run.result([one for label, format in formats for one in run.measure(label, format)])
     by_format = {
         label: {
             (s.task, s.measure): (s.score, s.difference) for s in found.scores if s.format == label
@@ -260,8 +267,8 @@ def test_the_first_token_of_an_answer_already_sees_codes(opened, prose):
                 layer.keys.zero_()
                 layer.values.zero_()
             logits = model(input_ids=torch.tensor([item.question]), past_key_values=cache).logits
-        found.append(continuation(model, item, blank)[0])
-        full.append(continuation(model, item, None)[0])
+        found.append(continuations(model, [item], blank)[0][0])
+        full.append(continuations(model, [item], None)[0][0])
         assert found[-1] == int(logits[0, -1].argmax())
     assert found != full
 
@@ -273,7 +280,45 @@ def test_full_precision_answers_as_generate_does(opened, prose):
     ids = opened.model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False
     )
-    assert continuation(opened.model, item, None) == ids[0, prompt.shape[1] :].tolist()
+    assert continuations(opened.model, [item], None) == ids[:, prompt.shape[1] :].tolist()
+
+
+def test_items_of_one_length_are_answered_together_as_they_are_alone(opened, prose):
+    divergence = make_items("divergence", opened.tokenizer, prose, count=TOGETHER + 1)
+    items = [*divergence[:3], *make_items("copy", opened.tokenizer, prose, count=2)]
+    items += divergence[3:]
+    together = batches(items)
+    # All prose is of one length; copies may happen to be.
+    assert together[0] == [0, 1, 2, *range(5, TOGETHER + 2)]
+    assert [TOGETHER + 2] in together
+    assert sorted(number for numbers in together for number in numbers) == [*range(len(items))]
+    geometry = read_geometry(opened.model)
+    for format in (
+        None,
+        make_format("int2", geometry, 4, 2),
+        make_format("kivi-2", geometry, 8, 0),
+    ):
+        alone = [continuations(opened.model, [item], format)[0] for item in divergence[:4]]
+        assert continuations(opened.model, divergence[:4], format) == alone
+        assert len({tuple(one) for one in alone}) == 4
+
+
+def test_scores_stand_in_the_items_order_whatever_was_answered_together(opened, prose):
+    by_task = [
+        make_items(task, opened.tokenizer, prose, count=3) for task in ("divergence", "copy")
+    ]
+    items = [item for pair in zip(*by_task, strict=True) for item in pair]
+    format = make_format("int2", read_geometry(opened.model), 0, 0)
+    run = TaskRun(opened, items)
+    run.measure("full", None)
+    found = {(one.task, one.measure): one.per_item for one in run.measure("int2", format)}
+    expected = {}
+    for item in items:
+        new, reference = (continuations(opened.model, [item], cache)[0] for cache in (format, None))
+        for name, value in outcome(item, opened.tokenizer.decode(new), new, reference).items():
+            expected[item.task, name] = (*expected.get((item.task, name), ()), value)
+    assert found == expected
+    assert len(set(found["divergence", "tokens"])) > 1
 
 
 def test_tasks_are_named_once_and_unknown_ones_refused(opened, prose, monkeypatch):
@@ -338,7 +383,7 @@ def test_the_command_prints_one_table_and_keeps_the_scores(
     kept = json.loads((tmp_path / "cal" / "reports" / "quality.json").read_text())
     assert kept["generation"] == found
     printed = invoke(*asked)
-    for row in generation_rows(found["scores"]):
+    for row in generation_rows([Score(**one) for one in found["scores"]]):
         assert any(all(cell in line for cell in row) for line in printed.splitlines())
 
 

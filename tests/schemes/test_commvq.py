@@ -7,25 +7,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scheme_samples import (
-    HEADS,
-    activations,
-    as_batch,
-    check_in_pieces,
-    check_same_bytes,
-    check_stored_bytes,
-    geometry,
-    layer_samples,
-)
+from scheme_samples import HEADS, activations, as_batch, geometry
 
 from cqtool.errors import RecipeError
 from cqtool.geometry import KeyRotation
 from cqtool.models.rotation import rotate
-from cqtool.schemes import commvq_fit
-from cqtool.schemes.commvq import SCHEMES, AdditiveCodec, codewords, stages_of
+from cqtool.schemes import SCHEMES, commvq_fit
+from cqtool.schemes.commvq import AdditiveCodec, codewords, stages_of
 from cqtool.schemes.commvq_fit import expectation, fit_stages, maximization, nearest
 
-BY_NAME = {scheme.name: scheme for scheme in SCHEMES}
 DIM = 16
 
 
@@ -152,17 +142,6 @@ def test_codewords_never_cost_more_than_the_name_says():
     assert [stages_of(bits, 64) for bits in (1, 2)] == [5, 10]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-def test_the_bits_reported_are_the_bytes_stored(scheme, tmp_path):
-    check_stored_bytes(scheme, layer_samples(tmp_path, DIM, 256), DIM)
-
-
-def test_the_same_bytes_again_and_tokens_apart(tmp_path):
-    samples = layer_samples(tmp_path, DIM, 256)
-    check_same_bytes(BY_NAME["commvq-1"], samples, DIM)
-    check_in_pieces(BY_NAME["commvq-1"], samples, DIM)
-
-
-def test_heads_of_odd_size_are_refused(tmp_path):
+def test_heads_of_odd_size_are_refused(samples_of):
     with pytest.raises(RecipeError, match="in pairs"):
-        BY_NAME["commvq-1"].make(geometry(15), layer_samples(tmp_path, 15, 64))
+        SCHEMES["commvq-1"].make(geometry(15), samples_of(15, 64))

@@ -7,14 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scheme_samples import (
-    activations,
-    as_batch,
-    check_in_pieces,
-    check_stored_bytes,
-    geometry,
-    layer_samples,
-)
+from scheme_samples import activations, as_batch, check_in_pieces, check_stored_bytes, geometry
 
 from cqtool.errors import RecipeError
 from cqtool.schemes.hadamard import hadamard
@@ -26,8 +19,6 @@ from cqtool.schemes.nsnquant import (
     restored,
     universal_codebook,
 )
-
-BY_NAME = {scheme.name: scheme for scheme in SCHEMES}
 
 
 def nibbles(numbers: np.ndarray) -> np.ndarray:
@@ -88,13 +79,13 @@ def test_128_channels_cost_what_the_method_costs(bits, cost):
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("dim", [32, 64, 80, 128])
-def test_the_bits_reported_are_the_bytes_stored(scheme, dim, tmp_path):
-    check_stored_bytes(scheme, layer_samples(tmp_path, dim, 8), dim)
+def test_the_bits_reported_are_the_bytes_stored(scheme, dim, samples_of):
+    check_stored_bytes(scheme, samples_of(dim, 8), dim)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-def test_tokens_apart_change_nothing(scheme, tmp_path):
-    check_in_pieces(scheme, layer_samples(tmp_path, 32, 8), 32)
+def test_tokens_apart_change_nothing(scheme, samples_of):
+    check_in_pieces(scheme, samples_of(32, 8), 32)
 
 
 def test_the_codebook_is_near_the_best_for_normal_samples():
@@ -138,6 +129,6 @@ def test_four_bits_keep_the_ends():
     torch.testing.assert_close(restored(codes, limits), values)
 
 
-def test_heads_that_do_not_divide_are_refused(tmp_path):
+def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(RecipeError, match="8 channels together"):
-        BY_NAME["nsnquant-1"].make(geometry(20), None)
+        SCHEMES[0].make(geometry(20), None)

@@ -7,24 +7,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scheme_samples import (
-    HEADS,
-    activations,
-    as_batch,
-    check_in_pieces,
-    check_same_bytes,
-    check_stored_bytes,
-    geometry,
-    layer_samples,
-)
+from scheme_samples import HEADS, activations, as_batch, geometry
 
 from cqtool.errors import RecipeError
 from cqtool.geometry import NO_ROTATION, KeyRotation
 from cqtool.sampling.store import SampleStore
+from cqtool.schemes import SCHEMES
 from cqtool.schemes.scheme import LayerSamples
-from cqtool.schemes.tasq import SCHEMES, channel_weights, matched_groups, token_scale
+from cqtool.schemes.tasq import channel_weights, matched_groups, token_scale
 
-BY_NAME = {scheme.name: scheme for scheme in SCHEMES}
 DIM = 16
 
 
@@ -97,9 +88,9 @@ def test_weights_and_scale_match_their_definitions():
     np.testing.assert_array_equal(token_scale(keys).numpy(), rms.astype(np.float16))
 
 
-def test_keys_match_float64(tmp_path):
-    samples = layer_samples(tmp_path, DIM)
-    codec = BY_NAME["tasq-1"].make(geometry(DIM), samples).key
+def test_keys_match_float64(samples_of):
+    samples = samples_of(DIM)
+    codec = SCHEMES["tasq-1"].make(geometry(DIM), samples).key
     moment = (samples.load_gradients("key").double() ** 2).mean(0)
     weight = np.sqrt(moment / moment.mean(1, keepdim=True)).numpy()
     np.testing.assert_allclose(codec.weight.numpy(), weight, rtol=1e-5)
@@ -127,15 +118,15 @@ def test_the_moment_of_queries_makes_the_weights_where_it_was_sampled(tmp_path):
     both = {"key": keys, "value": keys.clone()}
     moment = torch.stack([covariance(DIM, head).float() for head in range(HEADS)])
     store.write(0, 0, both, both, {"key": moment, "value": moment.clone()})
-    codec = BY_NAME["tasq-1"].make(geometry(DIM), LayerSamples(store, 0)).key
+    codec = SCHEMES["tasq-1"].make(geometry(DIM), LayerSamples(store, 0)).key
     expected = channel_weights(moment.diagonal(dim1=1, dim2=2))
     torch.testing.assert_close(codec.weight, expected)
 
 
-def test_codebooks_are_fitted_to_the_errors_of_native_keys(tmp_path):
+def test_codebooks_are_fitted_to_the_errors_of_native_keys(samples_of):
     # A stationary point of sum g_c^2 s^2 / w_c^2 |z - centroid|^2, brute force.
-    samples = layer_samples(tmp_path, DIM, 512)
-    codec = BY_NAME["tasq-1"].make(geometry(DIM), samples).key
+    samples = samples_of(DIM, 512)
+    codec = SCHEMES["tasq-1"].make(geometry(DIM), samples).key
     keys, gradients = samples.load("key").double(), samples.load_gradients("key").double()
     weight, order = codec.weight.double(), codec.codec.channels
     scale = token_scale((keys * weight).float()).double()
@@ -155,26 +146,15 @@ def test_codebooks_are_fitted_to_the_errors_of_native_keys(tmp_path):
     assert close > 0.9 * len(used)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-def test_the_bits_reported_are_the_bytes_stored(scheme, tmp_path):
-    check_stored_bytes(scheme, layer_samples(tmp_path, 32, 1024), 32)
-
-
-def test_eight_heads_of_128_cost_what_the_authors_say(tmp_path):
-    codecs = BY_NAME["tasq-1"].make(geometry(128, 8), layer_samples(tmp_path, 128, 256, 8))
+def test_eight_heads_of_128_cost_what_the_authors_say(samples_of):
+    codecs = SCHEMES["tasq-1"].make(geometry(128, 8), samples_of(128, 256, 8))
     # 1.266 bits for keys of 1.25-bit codes: 16 bits more for 1024 channels.
     assert codecs.key.bits_per_channel == 1 + 16 / 1024
     assert codecs.value.bits_per_channel == 1
 
 
-def test_the_same_bytes_again_and_tokens_apart(tmp_path):
-    samples = layer_samples(tmp_path, DIM)
-    check_same_bytes(BY_NAME["tasq-1"], samples, DIM)
-    check_in_pieces(BY_NAME["tasq-1"], samples, DIM)
-
-
-def test_what_cannot_be_grouped_is_refused(tmp_path):
+def test_what_cannot_be_grouped_is_refused(samples_of):
     with pytest.raises(RecipeError, match="groups of 8 channels"):
-        BY_NAME["tasq-1"].make(geometry(20), layer_samples(tmp_path, 20, 512))
+        SCHEMES["tasq-1"].make(geometry(20), samples_of(20, 512))
     with pytest.raises(RecipeError, match="cannot match 24 channels"):
         matched_groups(covariance(24), 16, NO_ROTATION)

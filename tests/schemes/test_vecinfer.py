@@ -8,25 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from scheme_samples import (
-    HEADS,
-    activations,
-    as_batch,
-    check_in_pieces,
-    check_same_bytes,
-    check_stored_bytes,
-    geometry,
-    layer_samples,
-)
+from scheme_samples import HEADS, activations, as_batch, geometry
 
 from cqtool.errors import RecipeError
+from cqtool.schemes import SCHEMES
 from cqtool.schemes.fitting import some_of
 from cqtool.schemes.hadamard import hadamard
-from cqtool.schemes.vecinfer import SCHEMES, SIZES, smooth_scale
-
-BY_NAME = {scheme.name: scheme for scheme in SCHEMES}
-# 4096 centroids take samples that a unit test does not have time for.
-QUICK = [BY_NAME[name] for name in ("vecinfer-1", "vecinfer-2")]
+from cqtool.schemes.vecinfer import SIZES, smooth_scale
 
 
 @pytest.mark.parametrize("dim", [1, 2, 16, 64, 128])
@@ -45,11 +33,11 @@ def test_hadamard_of_other_sizes_is_block_diagonal_and_its_own_inverse(dim, bloc
     assert int((matrix[0] != 0).sum()) == block
 
 
-@pytest.mark.parametrize("scheme", [BY_NAME["vecinfer-1"], BY_NAME["vecinfer-2"]], ids=["1", "2"])
-def test_keys_match_float64(scheme, tmp_path):
+@pytest.mark.parametrize("name", ["vecinfer-1", "vecinfer-2"])
+def test_keys_match_float64(name, samples_of):
     dim = 32
-    samples = layer_samples(tmp_path, dim)
-    codec = scheme.make(geometry(dim), samples).key
+    samples = samples_of(dim)
+    codec = SCHEMES[name].make(geometry(dim), samples).key
     vectors = as_batch(activations(dim, 24, seed=8))
     decoded = codec.decode(codec.encode(vectors)).double().numpy()
     rotation = hadamard(dim).double().numpy()
@@ -80,26 +68,15 @@ def test_a_dead_channel_stays_finite():
     assert torch.isfinite(keys / smooth_scale(keys)).all()
 
 
-@pytest.mark.parametrize("scheme", QUICK, ids=lambda scheme: scheme.name)
-def test_the_bits_reported_are_the_bytes_stored(scheme, tmp_path):
-    check_stored_bytes(scheme, layer_samples(tmp_path, 32), 32)
-
-
 def test_names_say_bits_a_channel():
     for name, sizes in SIZES.items():
         assert float(name) == sum(bits / channels for channels, bits in sizes) / 2
 
 
-def test_the_same_bytes_again_and_tokens_apart(tmp_path):
-    samples = layer_samples(tmp_path, 32)
-    check_same_bytes(BY_NAME["vecinfer-1"], samples, 32)
-    check_in_pieces(BY_NAME["vecinfer-2"], samples, 32)
-
-
-def test_codes_hold_what_tells_tokens_apart(tmp_path):
+def test_codes_hold_what_tells_tokens_apart(samples_of):
     dim = 32
-    samples = layer_samples(tmp_path, dim)
-    codecs = BY_NAME["vecinfer-1"].make(geometry(dim), samples)
+    samples = samples_of(dim)
+    codecs = SCHEMES["vecinfer-1"].make(geometry(dim), samples)
     keys = as_batch(samples.load("key"))
     scale = smooth_scale(samples.load("key"))[:, None]
     weighted = ((codecs.key.decode(codecs.key.encode(keys)) - keys) / scale).square().mean()
@@ -115,6 +92,6 @@ def test_samples_are_drawn_from_all_when_there_are_too_many():
     assert 0 <= int(drawn.min()) < 50 and 950 < int(drawn.max()) < 1000
 
 
-def test_heads_that_do_not_divide_are_refused(tmp_path):
+def test_heads_that_do_not_divide_are_refused(samples_of):
     with pytest.raises(RecipeError, match="sub-vectors of 8 channels"):
-        BY_NAME["vecinfer-1"].make(geometry(20), layer_samples(tmp_path, 20))
+        SCHEMES["vecinfer-1"].make(geometry(20), samples_of(20))

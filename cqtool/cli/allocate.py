@@ -1,0 +1,133 @@
+"""`cqtool allocate`: a recipe whose layers have the bits that they need."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cqtool.cli import options
+from cqtool.cli.output import Output
+from cqtool.errors import ArtifactError, RecipeError
+from cqtool.spec import KINDS
+
+EXAMPLES = (
+    "cqtool check demo calibration --by-layer --dataset train.txt",
+    "cqtool allocate calibration --bits 1 --out mixed.yaml",
+    "cqtool calibrate demo --recipe mixed.yaml --out mixed",
+)
+
+
+def allocate(
+    calibration: options.CalibrationArgument,
+    bits: Annotated[
+        float,
+        typer.Option(
+            "--bits",
+            min=0.1,
+            metavar="B",
+            help="Bits a channel, a mean over all layers' keys and values.",
+            show_default=False,
+        ),
+    ],
+    codes: Annotated[
+        str | None,
+        typer.Option(
+            "--codes",
+            metavar="NAMES",
+            help="Codes to choose from, with commas; by default those that the kernels decode.",
+            show_default=False,
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="What `cqtool check --by-layer` wrote; by default the calibration's quality.json.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Recipe to write; else it is printed.", show_default=False
+        ),
+    ] = None,
+    json: options.JsonFlag = False,
+    quiet: options.QuietFlag = False,
+) -> None:
+    """Spend a budget of bits on the layers whose keys or values cost the most.
+
+    Goes by what `cqtool check --by-layer` measured, and writes the calibration's recipe with
+    `format` and `layers` for that budget. Measure on text that is not for evaluation: the choice
+    suits it.
+    """
+    sink = Output(json=json, quiet=quiet)
+    import yaml
+
+    from cqtool.files import atomic_file
+    from cqtool.layout.config import QUALITY_NAME, REPORTS_NAME, read_config
+    from cqtool.quality import allocate as by_layer
+    from cqtool.recipe import recipe_from, recipe_of
+    from cqtool.spec import CQSpec
+
+    layers = read_config(calibration).geometry.layers
+    costs, rates = by_layer.measured_costs(report or calibration / REPORTS_NAME / QUALITY_NAME)
+    sizes = {
+        (index, kind): layer.kv_heads * layer.dim(kind)
+        for index, layer in enumerate(layers)
+        for kind in KINDS
+    }
+    if costs.keys() != sizes.keys():
+        raise ArtifactError(
+            f"The report is of a model with other layers than {calibration} is for; run `cqtool "
+            "check` with --by-layer on this calibration."
+        )
+    usable = [CQSpec.parse(name) for name in (codes.split(",") if codes else by_layer.CODES)]
+    if not codes:
+        dims = {layer.dim(kind) for layer in layers for kind in KINDS}
+        usable = [code for code in usable if all(dim % code.channels == 0 for dim in dims)]
+    if not usable:
+        raise RecipeError("No code fits all heads of this model; name some with --codes.")
+    chosen = by_layer.allocate(costs, rates, sizes, usable, bits)
+    spent = sum(sizes[part] * code.bits_per_channel for part, code in chosen.items())
+    spent /= sum(sizes.values())
+    fields = by_layer.recipe_fields(chosen)
+    base = recipe_of(calibration).model_dump(mode="json") | fields
+    base |= {
+        "name": f"cq-{spent:.3g}b-mixed",
+        "description": f"{spent:.3g} bits a channel, by layer.",
+    }
+    recipe = recipe_from(base, {}, origin="the new recipe").model_dump(mode="json")
+    before, after = sum(costs.values()), by_layer.modelled_kl(costs, rates, chosen)
+    counts = {
+        kind: Counter(chosen[part].name for part in chosen if part[1] == kind) for kind in KINDS
+    }
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
+    if out is not None:
+        with atomic_file(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        sink.table(
+            ["code", "bits", "layers' keys", "layers' values"],
+            [
+                [
+                    code.name,
+                    f"{code.bits_per_channel:g}",
+                    *(str(counts[kind][code.name]) for kind in KINDS),
+                ]
+                for code in usable
+            ],
+        )
+        sink.text(
+            f"{spent:.3f} bits a channel; KL of all parts alone, summed: {before:.4f} measured, "
+            f"{after:.4f} expected."
+        )
+        sink.text(str(out))
+    else:
+        sink.raw(text)
+    sink.result(
+        {"bits_per_channel": spent, "kl_measured": before, "kl_expected": after, "recipe": recipe}
+    )

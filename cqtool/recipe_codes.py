@@ -1,0 +1,73 @@
+"""What a recipe says of codes: the formats of keys and values, and which channels form groups."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import field_validator, model_serializer, model_validator
+
+from cqtool.errors import RecipeError
+from cqtool.recipe_texts import Section
+from cqtool.spec import GROUPS_SUFFIX, CQSpec, Grouping
+
+
+class Format(Section):
+    """Codes of keys and values; a single name in a recipe stands for both."""
+
+    key: str
+    value: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: object) -> object:
+        return {"key": value, "value": value} if isinstance(value, str) else value
+
+    @field_validator("key", "value")
+    @classmethod
+    def _is_a_format(cls, name: str) -> str:
+        try:
+            return CQSpec.parse(name).name
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+
+    @model_serializer
+    def _to_name(self) -> str | dict[str, str]:
+        return self.key if self.key == self.value else {"key": self.key, "value": self.value}
+
+
+class Groups(Section):
+    """Which channels form groups; a single name stands for keys and values.
+
+    `pairs` alone is that of keys, and `correlation` for values, which nothing turns. The name of a
+    .safetensors file stands for groups that it lists, see
+    :func:`cqtool.codebooks.groups_file.read_groups`.
+    """
+
+    key: Grouping = "contiguous"
+    value: Literal["contiguous", "correlation", "file"] = "contiguous"
+    file: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value.endswith(GROUPS_SUFFIX):
+            return {"key": "file", "value": "file", "file": value}
+        return {"key": value, "value": "contiguous" if value == "contiguous" else "correlation"}
+
+    @model_validator(mode="after")
+    def _file_has_a_use(self) -> Self:
+        if ("file" in (self.key, self.value)) != (self.file is not None):
+            raise ValueError(
+                "groups of a file need its name, and the name needs keys or values to use it for; "
+                "write {key: file, value: file, file: groups.safetensors}, or the file's name alone"
+            )
+        return self
+
+    @model_serializer
+    def _to_name(self) -> str | dict[str, str]:
+        groups: dict[str, str] = {"key": self.key, "value": self.value}
+        if self.file is not None:
+            return self.file if self.key == self.value else groups | {"file": self.file}
+        return self.key if self.key == self.value else groups
