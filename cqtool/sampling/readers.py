@@ -84,46 +84,56 @@ def query_moment(
     Returns:
         float32 ``[kv_heads, head_dim, head_dim]``.
     """
-    heads, tokens, dim = queries.shape
-    rows = queries.double().view(geometry.kv_heads, heads // geometry.kv_heads, tokens, dim)
-    reach = geometry.sliding_window or tokens
-
-    def gram(start: int, stop: int) -> Tensor:
-        part = rows[:, :, start:stop].flatten(1, 2)
-        return part.mT @ part
-
+    tokens, dim = queries.shape[1:]
+    rows = queries.double().view(geometry.kv_heads, -1, tokens, dim)
     generator = torch.Generator().manual_seed(seed)
-    places = torch.randperm(tokens, generator=generator)[:KEYS].sort(descending=True).values
-    total = rows.new_zeros(geometry.kv_heads, dim, dim)
-    seen = torch.zeros_like(total)  # products of the queries from `first` up to `last`
-    first = last = tokens
-    pairs = 0
-    for place in places.tolist():
-        end = min(place + reach, tokens)
-        # With a short window two places may share no query.
-        start = min(first, end)
-        seen = seen - gram(end, last) if first < end else torch.zeros_like(seen)
-        seen = seen + gram(place, start)
-        first, last = place, end
-        total += _turned_back(seen, step, place, geometry)
-        pairs += end - place
-    return (total / (pairs * rows.shape[1])).float()
+    places = torch.randperm(tokens, generator=generator)[:KEYS].sort().values
+    ends = (places + (geometry.sliding_window or tokens)).clamp(max=tokens)
+    edges = torch.unique(torch.cat((places, ends)))
+    after = _grams_from(rows, edges.tolist())
+    first, stop = (torch.searchsorted(edges, at).to(rows.device) for at in (places, ends))
+    moments = [
+        # Head by head: those of all places and heads at once would be large.
+        _turned_back(own[first] - own[stop], step, places, geometry).sum(dim=0)
+        for own in after.unbind(dim=1)
+    ]
+    pairs = int((ends - places).sum())
+    return (torch.stack(moments) / (pairs * rows.shape[1])).float()
+
+
+def _grams_from(rows: Tensor, edges: list[int]) -> Tensor:
+    """Products of the rows from each edge up to the last one.
+
+    Args:
+        rows: float64 ``[kv_heads, query heads of each, tokens, head_dim]``.
+        edges: ascending positions.
+
+    Returns:
+        Of each edge ``rows^T rows`` over the tokens between: float64
+        ``[edges, kv_heads, head_dim, head_dim]``, zero for the last.
+    """
+    kv_heads, _, _, dim = rows.shape
+    found = rows.new_zeros(len(edges), kv_heads, dim, dim)
+    for index in reversed(range(len(edges) - 1)):
+        part = rows[:, :, edges[index] : edges[index + 1]].flatten(1, 2)
+        torch.baddbmm(found[index + 1], part.mT, part, out=found[index])
+    return found
 
 
 def _turned_back(
-    moment: Tensor, step: RopeStep | None, place: int, geometry: LayerGeometry
+    moments: Tensor, step: RopeStep | None, places: Tensor, geometry: LayerGeometry
 ) -> Tensor:
-    """``R^T S R`` with the rotation R of one position, for each head's S."""
+    """``R_t^T S R_t`` of one head's ``[places, head_dim, head_dim]`` with each place's rotation."""
     if geometry.rotation.style == "none":
-        return moment
+        return moments
     assert step is not None
-    # Each row as the key of a head at that position: `[1, heads * rows, 1, head_dim]`.
-    angles = step.cos[:1, place : place + 1], step.sin[:1, place : place + 1]
+    at = places.to(step.cos.device)
+    angles = step.cos[:1, at], step.sin[:1, at]
     for _ in range(2):
-        rows = moment.flatten(0, 1)[None, :, None]
-        turned = unrotate_gradient(rows, *angles, geometry.rotation)
-        moment = turned.view(moment.shape).mT
-    return moment.double()
+        # Each row as the key of a head of its own: `[1, rows, places, head_dim]`.
+        turned = unrotate_gradient(moments.transpose(0, 1)[None], *angles, geometry.rotation)
+        moments = turned[0].permute(1, 2, 0)
+    return moments.double()
 
 
 def output_moments(model: PreTrainedModel, geometry: ModelGeometry, ids: Tensor) -> list[Tensor]:
