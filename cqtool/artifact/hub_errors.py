@@ -6,13 +6,16 @@ The token is in none of them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     OIDCError,
@@ -20,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from cqtool.errors import HubError
+from cqtool.errors import CqtoolError, HubError
 
 LOGIN = (
     "Log in with `hf auth login`, or set HF_TOKEN to a token that may write "
@@ -30,6 +33,61 @@ LOGIN = (
 # huggingface_hub 1.x is built on httpx and 2.x on httpx2; its own error tells which one is in use.
 _TRANSPORT_ERRORS = (HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError)
 _BAD_METADATA = "Invalid metadata in README.md."
+CONFLICTS = frozenset({409, 412})
+_PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+_PASSING_TRANSPORT = frozenset(
+    {"TimeoutException", "NetworkError", "RemoteProtocolError", "ConnectionError", "TimeoutError"}
+)
+"""Names, not classes, for the same reason: of httpx and httpx2 only one is installed."""
+
+
+class DamagedDownload(HubError):
+    """What arrived does not have the digest that the Hub itself lists for it."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A failure that may pass.
+
+    Attributes:
+        what: the Hub as the subject of a sentence, and what it does.
+        wait: seconds that it asked to wait, None where it did not say.
+        doubtful: it may also be that there is no Hub, so waiting long would be in vain.
+    """
+
+    what: str
+    wait: float | None = None
+    doubtful: bool = False
+
+
+def passing_trouble(error: BaseException) -> Trouble | None:
+    """What kind of passing trouble `error` is, None where trying again would not help."""
+    if isinstance(error, DamagedDownload):
+        return Trouble("The Hub sent a damaged file")
+    if isinstance(error, CqtoolError):
+        return None
+    if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+        status = error.response.status_code
+        if status not in _PASSING_STATUSES:
+            return None
+        return Trouble(f"The Hub answers {status}", _asked_wait(error))
+    if isinstance(error, json.JSONDecodeError):
+        # A proxy's error page, or an endpoint that is no Hub.
+        return Trouble("The Hub's answer cannot be read", doubtful=True)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & _PASSING_TRANSPORT and not isinstance(error, OfflineModeIsEnabled):
+        unconnected = bool(kinds & {"ConnectError", "ConnectTimeout"})
+        return Trouble(f"The Hub does not answer ({type(error).__name__})", doubtful=unconnected)
+    # Uploads run in threads, and downloads begin with a look-up: the client wraps what went wrong.
+    return passing_trouble(error.__cause__) if error.__cause__ is not None else None
+
+
+def _asked_wait(error: HfHubHTTPError) -> float | None:
+    """Seconds from ``Retry-After``, or from the ``RateLimit`` header (``"api";r=0;t=55``)."""
+    headers = error.response.headers
+    found = re.fullmatch(r"\s*(\d{1,6})\s*", headers.get("Retry-After") or "")
+    found = found or re.search(r"\br=0;\s*t=(\d{1,6})\b", headers.get("RateLimit") or "")
+    return float(found[1]) if found else None
 
 
 @contextmanager
@@ -49,6 +107,8 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
 
 
 def _explain(error: BaseException, repo_id: str) -> str | None:
+    if isinstance(error, CqtoolError):
+        return None
     if isinstance(error, LocalTokenNotFoundError):
         return f"There is no Hub token. {LOGIN}"
     if isinstance(error, OIDCError):
@@ -58,6 +118,8 @@ def _explain(error: BaseException, repo_id: str) -> str | None:
         )
     if isinstance(error, OfflineModeIsEnabled):
         return "The Hub client is in offline mode; unset HF_HUB_OFFLINE to push."
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        return _explain(error.__cause__, repo_id)
     if isinstance(error, HfHubHTTPError):
         return _explain_answer(error, repo_id)
     if isinstance(error, _TRANSPORT_ERRORS):
@@ -85,6 +147,12 @@ def _explain_answer(error: HfHubHTTPError, repo_id: str) -> str:
             f"The server at {constants.ENDPOINT} takes no Xet uploads; set HF_HUB_DISABLE_XET=1, "
             f"{again}"
         )
+    if error.response.request.url.path == "/oauth/token":
+        return (
+            f"The Hub does not exchange this job's OIDC token for HF_OIDC_RESOURCE ({status}); add "
+            "this workflow to the trusted publishers in the repository's settings, or unset "
+            "HF_OIDC_RESOURCE and set HF_TOKEN."
+        )
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no such revision; check --revision, {again}"
     if status == 401 and error.response.request.headers.get("authorization"):
@@ -98,16 +166,21 @@ def _explain_answer(error: HfHubHTTPError, repo_id: str) -> str:
         )
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return (
-            f"The Hub does not know {repo_id} (404), or this token may not see it; check "
-            f"--repo-id and the token, {again}"
+            f"The Hub does not know {repo_id} ({status}), or this token may not see it; check the "
+            f"name and the token, {again}"
         )
-    if status in (409, 412):
-        return (
-            f"Somebody else changed {repo_id} at the same moment ({status}); look at what is there "
-            f"now, {again}"
-        )
+    if status in CONFLICTS:
+        return conflict(repo_id)
     if status == 429:
         return f"The Hub asks to slow down (429); wait a few minutes, {again}"
     if status >= 500:
         return f"The Hub has a problem of its own ({status}); wait a few minutes, {again}"
-    return f"The Hub refused the request for {repo_id} ({status}); check --repo-id, {again}"
+    return f"The Hub refused the request for {repo_id} ({status}); check the name, {again}"
+
+
+def conflict(repo_id: str) -> str:
+    """The sentence about a commit that came in between."""
+    return (
+        f"Somebody else changed {repo_id} at the same moment; look at what is there now, then run "
+        "the same command again."
+    )

@@ -1,56 +1,62 @@
-"""An artifact on the Hub: verified first, then one commit that holds all of it or nothing."""
+"""An artifact on the Hub: verified first, then one commit that holds all of it or nothing.
+
+Nothing of a push is kept on this machine. A second one finds on the Hub what the first one got
+done: uploaded content, a commit whose answer was lost, an open pull request.
+"""
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    get_token,
-)
+from huggingface_hub.errors import RevisionNotFoundError
 
 from cqtool import __version__
-from cqtool.artifact.export import CARD_NAME
-from cqtool.artifact.hub_errors import LOGIN, explain_hub_errors
+from cqtool.artifact.commit import Sent, confirm, send, set_tag
+from cqtool.artifact.hub_errors import explain_hub_errors
 from cqtool.artifact.names import check_repo_id, default_repo_name
-from cqtool.errors import ArtifactError, HubError
-from cqtool.layout.config import CONFIG_NAME, CQConfig, read_config
-from cqtool.manifest import (
-    MANIFEST_NAME,
-    is_hub_metadata,
-    parse_manifest,
-    read_manifest,
-    verify_folder,
+from cqtool.artifact.plan import (
+    Plan,
+    PushOptions,
+    local_files,
+    make_plan,
+    refuse_foreign_files,
 )
+from cqtool.artifact.remote import Head, LocalFile, RemoteRepo, hub_api, quiet_client
+from cqtool.artifact.retry import Retry
+from cqtool.errors import HubError
+from cqtool.layout.config import CQConfig, read_config
+from cqtool.manifest import verify_folder
 from cqtool.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """Where the artifact is now.
+    """Where the artifact is now, or would be.
 
     Attributes:
         repo_id: repository, ``ORG/NAME``.
         url: its page.
-        commit_url: page of the commit.
-        oid: the commit's hash; ``revision=oid`` loads exactly this artifact.
+        commit_url: page of the commit, of its parent where nothing was sent; None where there is
+            no such repository yet.
+        oid: that commit's hash; ``revision=oid`` loads exactly this artifact.
         changed: False when the repository held the same files already and no commit was made.
-        deleted: files of the artifact that stood there before and are no longer part of it.
+        plan: what changes, file by file.
+        pull_request: page of the pull request.
     """
 
     repo_id: str
     url: str
-    commit_url: str
-    oid: str
+    commit_url: str | None
+    oid: str | None
     changed: bool
-    deleted: tuple[str, ...]
+    plan: Plan
+    pull_request: str | None = None
 
 
-def resolve_repo_id(repo_id: str | None, config: CQConfig, *, token: str | None = None) -> str:
+def resolve_repo_id(
+    repo_id: str | None, config: CQConfig, *, token: str | None = None, retry: Retry | None = None
+) -> str:
     """The full name to push to: `repo_id`, in the token's own namespace where it names none.
 
     Raises:
@@ -61,115 +67,187 @@ def resolve_repo_id(repo_id: str | None, config: CQConfig, *, token: str | None 
     check_repo_id(name)
     if "/" in name:
         return name
-    with explain_hub_errors(name):
-        return f"{_api(token).whoami()['name']}/{name}"
+    with explain_hub_errors(name), quiet_client():
+        return f"{(retry or Retry()).call(lambda: hub_api(token).whoami()['name'])}/{name}"
 
 
 def push(
     artifact: Path,
     repo_id: str,
+    options: PushOptions | None = None,
     *,
-    private: bool = False,
-    revision: str | None = None,
-    commit_message: str | None = None,
     token: str | None = None,
+    retry: Retry | None = None,
     progress: Progress = SILENT,
 ) -> PushResult:
     """Make the repository `repo_id` hold the files of `artifact`, in one commit.
 
-    The repository is created when it does not exist. The endpoint is ``HF_ENDPOINT``'s.
+    The repository is created when it does not exist. Files that are there already are not sent.
+    Afterwards the manifest is downloaded and every digest of the new commit compared with it. The
+    endpoint is ``HF_ENDPOINT``'s.
 
     Args:
         artifact: folder that :func:`cqtool.artifact.export.export` wrote.
         repo_id: ``ORG/NAME``.
-        private: create the repository private (one that exists keeps its visibility).
-        revision: branch to commit to, created when it does not exist; the main branch by default.
-        commit_message: first line of the commit.
-        token: Hub token; by default ``HF_TOKEN`` or the one of ``hf auth login``.
+        options: how it is published.
+        token: Hub token; by default the one that :func:`cqtool.artifact.remote.hub_api` finds.
+        retry: how often a request is repeated that meets a passing trouble.
         progress: told what is going on.
 
     Raises:
         ArtifactError: `artifact` is damaged.
-        HubError: no token, no permission, no connection, or the repository holds other files.
+        HubError: no token, no permission, no connection, the repository holds other files or has
+            another visibility than asked for, the tag names something else, somebody else
+            committed at the same moment, or the Hub does not hold what was sent.
         RecipeError: `repo_id` cannot be a repository.
     """
+    options = options or PushOptions()
+    config, wanted = _read(artifact, repo_id)
+    options = replace(options, commit_message=options.commit_message or _message(config))
+    with explain_hub_errors(repo_id), quiet_client():
+        remote = _open(repo_id, config, token, retry, progress)
+        # All that can be refused is refused before anything is made.
+        head, plan = _survey(remote, wanted, options)
+        if _create_what_is_missing(remote, head, options):
+            head, plan = _survey(remote, wanted, options)
+        if head is None:
+            raise HubError(
+                f"The Hub does not show {remote.repo_id} to this token; use one that may read it, "
+                "or another --repo-id."
+            )
+        sent = send(remote, head.commit, plan, wanted, options) if plan.changed else None
+    sent = sent or Sent(head.commit, new=False)
+    try:
+        with explain_hub_errors(repo_id), quiet_client():
+            confirm(remote, sent.commit, wanted)
+            if options.tag is not None:
+                set_tag(remote, options.tag, sent.commit)
+    except HubError as error:
+        raise HubError(
+            f"Commit {sent.commit} of {remote.repo_id} holds the artifact, but what follows the "
+            f"upload is not done. {error}"
+        ) from None
+    return replace(
+        _result(remote, sent.commit, plan),
+        changed=sent.new,
+        pull_request=sent.pull_request,
+    )
+
+
+def preview(
+    artifact: Path,
+    repo_id: str,
+    options: PushOptions | None = None,
+    *,
+    token: str | None = None,
+    retry: Retry | None = None,
+    progress: Progress = SILENT,
+) -> PushResult:
+    """What :func:`push` would do; nothing on the Hub is changed, and public ones need no token.
+
+    Raises:
+        As :func:`push`, as far as it can be known before.
+    """
+    options = options or PushOptions()
+    config, wanted = _read(artifact, repo_id)
+    with explain_hub_errors(repo_id), quiet_client():
+        remote = _open(repo_id, config, token, retry, progress, required="/" not in repo_id)
+        head, plan = _survey(remote, wanted, options)
+        return _result(remote, head.commit if head else None, plan)
+
+
+def _read(artifact: Path, repo_id: str) -> tuple[CQConfig, dict[str, LocalFile]]:
     check_repo_id(repo_id)
     verify_folder(artifact)
-    config = read_config(artifact)
-    files = [*read_manifest(artifact), MANIFEST_NAME]
-    message = commit_message or (
-        f"{config.cache.name} codebooks for {config.base_model.id}, by cqtool {__version__}"
-    )
-    with explain_hub_errors(repo_id):
-        api = _api(token)
-        progress.note(f"Preparing {repo_id} on {api.endpoint}")
-        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        repo_id = url.repo_id
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        parent = api.model_info(repo_id, revision=revision).sha
-        if parent is None:
-            raise HubError(f"{repo_id} has no commit yet; make one on its page, then push again.")
-        stale = _stale_files(api, repo_id, parent, files)
-        size = sum((artifact / name).stat().st_size for name in files)
-        progress.note(f"Uploading {len(files)} files, {size} bytes, to {repo_id}")
-        commit = api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationAdd(name, artifact / name) for name in files),
-                *(CommitOperationDelete(name, is_folder=False) for name in stale),
-            ],
-            commit_message=message,
-            revision=revision,
-            parent_commit=parent,
-        )
+    return read_config(artifact), local_files(artifact)
+
+
+def _message(config: CQConfig) -> str:
+    return f"{config.cache.name} codebooks for {config.base_model.id}, by cqtool {__version__}"
+
+
+def _open(
+    repo_id: str,
+    config: CQConfig,
+    token: str | None,
+    retry: Retry | None,
+    progress: Progress,
+    *,
+    required: bool = True,
+) -> RemoteRepo:
+    retry = retry or Retry()
+    # An OIDC token is asked for over the network, so this too may have to be repeated.
+    api = retry.call(lambda: hub_api(token, required=required), progress)
+    progress.note(f"Looking at {repo_id} on {api.endpoint}")
+    full = resolve_repo_id(repo_id, config, token=token, retry=retry)
+    return RemoteRepo(api, full, retry, progress)
+
+
+def _result(remote: RemoteRepo, commit: str | None, plan: Plan) -> PushResult:
+    url = f"{remote.api.endpoint}/{remote.repo_id}"
     return PushResult(
-        repo_id=repo_id,
-        url=str(url),
-        commit_url=commit.commit_url,
-        oid=commit.oid,
-        changed=commit.oid != parent,
-        deleted=tuple(stale),
+        repo_id=remote.repo_id,
+        url=url,
+        commit_url=f"{url}/commit/{commit}" if commit else None,
+        oid=commit,
+        changed=plan.changed,
+        plan=plan,
     )
 
 
-def _api(token: str | None) -> HfApi:
-    secret = token or get_token()
-    if secret is None:
-        raise HubError(f"There is no Hub token. {LOGIN}")
-    secret = secret.strip()
-    if not secret.isascii() or not secret.isprintable() or " " in secret:
-        # The HTTP client would refuse the header and quote it.
-        raise HubError(f"The Hub token holds characters that no token has; copy it again. {LOGIN}")
-    return HfApi(token=secret, library_name="cqtool", library_version=__version__)
+def _survey(
+    remote: RemoteRepo, wanted: dict[str, LocalFile], options: PushOptions
+) -> tuple[Head | None, Plan]:
+    """What the commit would go on top of, None without a repository, and what it would change."""
+    try:
+        head = remote.head(options.revision)
+    except RevisionNotFoundError:
+        if options.create_pr:
+            raise
+        head = remote.head(None)  # where the branch will begin
+    if head is None:
+        return None, make_plan(wanted, {})
+    _check_visibility(remote, head, options)
+    present = remote.files(head.commit)
+    if not options.overwrite:
+        refuse_foreign_files(remote, head.commit, present)
+    _check_tag(remote, wanted, options)
+    return head, make_plan(wanted, present)
 
 
-def _stale_files(api: HfApi, repo_id: str, commit: str, files: list[str]) -> list[str]:
-    """Files of the artifact that the repository holds now and that are not among `files`.
+def _create_what_is_missing(remote: RemoteRepo, head: Head | None, options: PushOptions) -> bool:
+    """Make the repository and the branch; False where both were there."""
+    api, repo_id, branch = remote.api, remote.repo_id, options.revision
+    if head is None:
+        remote.progress.note(f"Creating {repo_id}")
+        remote.again(lambda: api.create_repo(repo_id, private=options.private, exist_ok=True))
+    if branch is None or options.create_pr:
+        return head is None
+    try:
+        remote.head(branch)
+    except RevisionNotFoundError:
+        remote.again(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+        return True
+    return head is None
 
-    Anything there that no cqtool manifest lists is somebody's, and would make every later
-    verification of the download fail: it is neither deleted nor published together with.
-    """
-    present = {
-        name for name in api.list_repo_files(repo_id, revision=commit) if not is_hub_metadata(name)
-    }
-    listed: set[str] = set()
-    if {MANIFEST_NAME, CONFIG_NAME} <= present:
-        with tempfile.TemporaryDirectory(prefix="cqtool-") as folder:
-            path = api.hf_hub_download(repo_id, MANIFEST_NAME, revision=commit, local_dir=folder)
-            text = Path(path).read_bytes()
-        try:
-            listed = {*parse_manifest(text, f"{MANIFEST_NAME} of {repo_id}"), MANIFEST_NAME}
-        except ArtifactError as error:
-            raise HubError(
-                f"{repo_id} holds a damaged or newer {MANIFEST_NAME}, so cqtool cannot tell which "
-                "files are its own; delete that file on the Hub, or push to another --repo-id."
-            ) from error
-    foreign = sorted(present - listed - {CARD_NAME})
-    if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+
+def _check_visibility(remote: RemoteRepo, head: Head, options: PushOptions) -> None:
+    if options.private is None or options.private == head.private:
+        return
+    found, asked = ("private", "--public") if head.private else ("public", "--private")
+    raise HubError(
+        f"{remote.repo_id} is {found}, and a push does not change that; change it in the "
+        f"repository's settings, or drop {asked}."
+    )
+
+
+def _check_tag(remote: RemoteRepo, wanted: dict[str, LocalFile], options: PushOptions) -> None:
+    """Before anything is sent: a tag that others may have pinned is not moved."""
+    if options.tag is None:
+        return
+    tagged = remote.tags().get(options.tag)
+    if tagged is not None and not remote.holds(tagged, wanted):
         raise HubError(
-            f"{repo_id} holds {foreign[0]}{more}, which cqtool did not write; push to another "
-            "--repo-id, or delete such files on the Hub first."
+            f"The tag {options.tag} of {remote.repo_id} already names another release; choose "
+            "another --tag, or delete this one on the Hub."
         )
-    return sorted(present - set(files))

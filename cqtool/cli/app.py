@@ -26,6 +26,7 @@ from cqtool.cli import (
     generate,
     inspect,
     tune,
+    verify,
 )
 from cqtool.cli.output import write_stderr, write_stdout
 from cqtool.errors import CqtoolError
@@ -97,6 +98,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "allocate": (allocate.allocate, allocate.EXAMPLES),
     "export": (export.export, export.EXAMPLES),
     "inspect": (inspect.inspect, inspect.EXAMPLES),
+    "verify": (verify.verify, verify.EXAMPLES),
     "generate": (generate.generate, generate.EXAMPLES),
     "bench": (bench.bench, bench.EXAMPLES),
     "doctor": (doctor.doctor, doctor.EXAMPLES),

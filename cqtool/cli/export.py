@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,13 @@ from cqtool.cli.output import Output
 
 if TYPE_CHECKING:
     from cqtool.artifact.export import ExportResult
+    from cqtool.artifact.push import PushResult
 
 EXAMPLES = (
     "cqtool export calibration --out artifact",
     "cqtool export calibration --out artifact --arch sm_90,sm_100",
     "cqtool export calibration --out artifact --push-to-hub --repo-id ORG/NAME --private",
+    "cqtool export calibration --out artifact --push-to-hub --repo-id ORG/NAME --dry-run",
 )
 
 
@@ -58,8 +61,14 @@ def export(
         ),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Create the repository private.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="Visibility of a repository that is created, by default what its owner has set. "
+            "One that exists must have it already.",
+            show_default=False,
+        ),
+    ] = None,
     branch: Annotated[
         str | None,
         typer.Option(
@@ -75,18 +84,48 @@ def export(
             "--commit-message", metavar="TEXT", help="First line of the commit.", show_default=False
         ),
     ] = None,
+    create_pr: Annotated[
+        bool,
+        typer.Option("--create-pr", help="Propose the commit as a pull request instead."),
+    ] = False,
+    tag: Annotated[
+        str | None,
+        typer.Option(
+            "--tag",
+            metavar="NAME",
+            help="Name to give the commit once it is verified; a name that is taken is not moved.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace also files that cqtool did not write."),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Write the artifact, but only list what a push would change on the Hub.",
+        ),
+    ] = False,
     json: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
 ) -> None:
     """Write codebooks, configuration, reports, runtime, model card and manifest as one folder.
 
-    An artifact that stands at --out is replaced; any other folder is not. The token for a push is
-    HF_TOKEN or the one of `hf auth login`.
+    An artifact that stands at --out is replaced; any other folder is not. A push is one commit,
+    which holds all of the artifact or nothing; afterwards every digest of it is compared. The token
+    is HF_TOKEN or the one of `hf auth login`; with HF_OIDC_RESOURCE, a CI job needs none.
     """
-    if not push_to_hub and (private or branch or commit_message):
+    if not push_to_hub and (
+        private is not None or branch or commit_message or create_pr or tag or overwrite or dry_run
+    ):
         raise typer.BadParameter(
-            "--private, --revision and --commit-message are about a push: add --push-to-hub."
+            "--private, --public, --revision, --commit-message, --create-pr, --tag, --overwrite "
+            "and --dry-run are about a push: add --push-to-hub."
         )
+    if create_pr and tag:
+        raise typer.BadParameter("A pull request is no release yet: drop --tag or --create-pr.")
     if arch and kernels is False:
         raise typer.BadParameter("--arch says what kernels are compiled for: drop --no-kernels.")
     sink = Output(json=json, quiet=quiet)
@@ -96,7 +135,8 @@ def export(
     names = [name for item in arch or () for name in item.split(",") if name]
     runtime = choose_runtime(kernels, names or None)
     if push_to_hub:
-        from cqtool.artifact.push import push, resolve_repo_id
+        from cqtool.artifact.plan import PushOptions
+        from cqtool.artifact.push import preview, push, resolve_repo_id
         from cqtool.layout.config import read_config
 
         # Before the export, because the model card names the repository.
@@ -120,25 +160,53 @@ def export(
     }
     _report(sink, written)
     if push_to_hub and repo_id is not None:
-        pushed = push(
-            out,
-            repo_id,
+        wanted = PushOptions(
             private=private,
             revision=branch,
             commit_message=commit_message,
-            progress=sink.progress(),
+            create_pr=create_pr,
+            tag=tag,
+            overwrite=overwrite,
         )
+        act = preview if dry_run else push
+        pushed = act(out, repo_id, wanted, progress=sink.progress())
         result["hub"] = {
+            "dry_run": dry_run,
             "repo_id": pushed.repo_id,
             "url": pushed.url,
             "commit_url": pushed.commit_url,
             "oid": pushed.oid,
             "changed": pushed.changed,
-            "deleted": list(pushed.deleted),
+            "pull_request": pushed.pull_request,
+            "tag": tag,
+            "sent_bytes": pushed.plan.sent_bytes,
+            "files": [asdict(change) for change in pushed.plan.changes],
         }
-        verb = "Pushed to" if pushed.changed else "Unchanged on the Hub:"
-        sink.text(f"{verb} {pushed.commit_url}")
+        if dry_run:
+            _list_changes(sink, pushed)
+        else:
+            verb = "Pushed to" if pushed.changed else "Unchanged on the Hub:"
+            sink.text(f"{verb} {pushed.pull_request or pushed.commit_url}, every digest compared.")
     sink.result(result)
+
+
+def _list_changes(sink: Output, pushed: PushResult) -> None:
+    plan = pushed.plan
+    sink.table(
+        ["change", "file", "bytes", "sha256"],
+        [
+            [change.action, change.path, f"{change.size:,}", change.sha256 or "not known"]
+            for change in plan.changes
+        ],
+        right={2},
+    )
+    there = f"on top of {pushed.commit_url}" if pushed.oid else f"to {pushed.url}, which is new"
+    sink.text(
+        f"Nothing was pushed. A push would send {len(plan.paths('add', 'change'))} files, "
+        f"{plan.sent_bytes:,} bytes, and delete {len(plan.paths('delete'))}, {there}."
+        if pushed.changed
+        else f"Nothing to push: {pushed.commit_url} holds the same files."
+    )
 
 
 def _report(sink: Output, written: ExportResult) -> None:

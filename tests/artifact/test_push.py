@@ -15,6 +15,7 @@ from huggingface_hub import constants, snapshot_download
 from synthetic_artifact import edit_json
 
 from cqtool.artifact.export import export
+from cqtool.artifact.plan import PushOptions
 from cqtool.artifact.push import push, resolve_repo_id
 from cqtool.errors import ArtifactError, HubError, RecipeError
 from cqtool.layout.config import read_config
@@ -72,13 +73,14 @@ def test_files_that_are_no_longer_part_are_deleted_in_the_same_commit(
     result = push(artifact, REPO)
     commits = hub.repos[REPO].commits
     assert len(commits) == 3
-    assert result.deleted == ("reports/entropy.png",)
+    assert result.plan.paths("delete") == ("reports/entropy.png",)
     assert commits[-1].files.keys() == contents(artifact).keys() | {".gitattributes"}
     verify_folder(Path(snapshot_download(REPO)))
 
 
 def test_private_and_branch(hub: HubServer, artifact: Path) -> None:
-    result = push(artifact, REPO, private=True, revision="v2", commit_message="Second try")
+    options = PushOptions(private=True, revision="v2", commit_message="Second try")
+    result = push(artifact, REPO, options)
     repo = hub.repos[REPO]
     assert repo.private
     assert repo.branches["v2"] == result.oid != repo.branches["main"]
@@ -158,8 +160,8 @@ def test_other_refusals_say_what_to_do(
         push(artifact, REPO)
 
 
-def test_an_unreachable_hub_is_named(
-    hub: HubServer, artifact: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_unreachable_hub_is_named_soon(
+    hub: HubServer, artifact: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -167,6 +169,7 @@ def test_an_unreachable_hub_is_named(
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     with pytest.raises(HubError, match=rf"Cannot reach the Hub at {endpoint} .*HF_ENDPOINT"):
         push(artifact, REPO)
+    assert waits == [1.0, 2.0]
 
 
 def test_a_name_without_namespace_goes_to_the_tokens_owner(
