@@ -14,7 +14,7 @@ from cqtool.kernels.decode.op import decode_attention
 from cqtool.kernels.decode.tables import LayerTables
 from cqtool.kernels.layout import pack_keys, pack_values
 
-FORMATS = {"8c8b": (8, 8), "4c8b": (4, 8), "2c8b": (2, 8), "8c10b": (8, 10)}
+FORMATS = {"8c8b": (8, 8), "4c8b": (4, 8), "2c8b": (2, 8), "8c10b": (8, 10), "8c6b": (8, 6)}
 
 
 @dataclass

@@ -57,6 +57,14 @@ DEVICE void mma_1688(float (&c)[4], u32 a0, u32 a1, u32 b0) {
       : "r"(a0), "r"(a1), "r"(b0));
 }
 
+// Codes of 6 bits lie in words of three bytes: the first three codes in the lower bits of one byte each,
+// the fourth in the upper bits of all three. A tile has the first two bytes of all words, then the
+// third ones. Two full blocks of 32 words lie in turns, so that one load brings a lane's words of both.
+DEVICE int place_of_6(int word, int words) {
+  if ((word | 63) >= words) return word;
+  return (word & ~63) | (word & 31) << 1 | (word >> 5 & 1);
+}
+
 DEVICE void prefetch(const void* global) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
 }

@@ -31,7 +31,7 @@ class CodeFormat:
     Attributes:
         head_dim: channels of a head.
         channels: channels of a group: 2, 4 or 8.
-        bits: bits of a code: 8, or 10 with 8 channels.
+        bits: bits of a code: 8, and with 8 channels 6 or 10 as well.
     """
 
     head_dim: int
@@ -40,10 +40,10 @@ class CodeFormat:
 
     def unsupported(self) -> str | None:
         """Why the kernels cannot take this format, None when they can."""
-        if (self.channels, self.bits) not in ((2, 8), (4, 8), (8, 8), (8, 10)):
+        if (self.channels, self.bits) not in ((2, 8), (4, 8), (8, 6), (8, 8), (8, 10)):
             return (
                 f"{self.bits}-bit codes of {self.channels} channels have no kernel (8 bits with 2, "
-                "4 or 8 channels and 10 bits with 8 channels have)"
+                "4 or 8 channels, and 6 or 10 bits with 8 channels have)"
             )
         if self.head_dim not in HEAD_DIMS:
             return f"head_dim {self.head_dim} has no kernel (64, 80, 96, 128, 192 and 256 have)"
@@ -316,8 +316,8 @@ def _image(table: Tensor, format: CodeFormat) -> Tensor:
     return image.transpose(2, 3).reshape(heads, format.blocks, format.centroids, -1).half()
 
 
-def _key_bytes(format: CodeFormat) -> tuple[Tensor, Tensor]:
-    """Byte in a tile, word in a tile and code in the word of each (token, kernel group)."""
+def _key_words(format: CodeFormat) -> tuple[Tensor, Tensor]:
+    """Word in a tile, and code in the word, of each (token, kernel group)."""
     units = format.groups // 2
     unit = torch.arange(units)
     lanes = (units - unit // 4 * 4).clamp(max=4)
@@ -328,11 +328,51 @@ def _key_bytes(format: CodeFormat) -> tuple[Tensor, Tensor]:
     return word, code
 
 
-def _value_bytes(format: CodeFormat) -> tuple[Tensor, Tensor]:
+def _value_words(format: CodeFormat) -> tuple[Tensor, Tensor]:
     token = torch.arange(TILE)[:, None]
     word = 4 * torch.arange(format.groups) + (token % 8) // 2
     code = (token % 2 + 2 * (token // 8)).expand_as(word)
     return word, code
+
+
+def _word_order(format: CodeFormat) -> Tensor:
+    """The word of each place of a tile of 6-bit codes: two full blocks of 32 words lie in turns.
+
+    A lane reads the same word of both, which is one load then instead of two.
+    """
+    order = torch.arange(4 * format.groups)
+    whole = len(order) // 64 * 64
+    order[:whole] = order[:whole].view(-1, 2, 32).transpose(1, 2).flatten()
+    return order
+
+
+def _to_bytes(codes: Tensor, format: CodeFormat) -> Tensor:
+    """Tiles of words of codes: int64 ``[..., words, 4]`` to uint8 ``[..., tile_bytes]``."""
+    part = torch.arange(4, device=codes.device)
+    if format.bits == 6:
+        # The upper bits of a word's three bytes are the fourth code.
+        three = codes[..., :3] | (codes[..., 3:] >> 2 * part[:3] & 3) << 6
+        three = three[..., _word_order(format).to(codes.device), :]
+        return torch.cat((three[..., :2].flatten(-2), three[..., 2]), dim=-1).to(torch.uint8)
+    tiles = (codes & 255).flatten(-2)
+    if format.bits > 8:
+        tiles = torch.cat((tiles, (codes >> 8 << 2 * part).sum(dim=-1)), dim=-1)
+    return tiles.to(torch.uint8)
+
+
+def _from_bytes(tiles: Tensor, format: CodeFormat) -> Tensor:
+    """Undo :func:`_to_bytes`."""
+    words, part = 4 * format.groups, torch.arange(4, device=tiles.device)
+    if format.bits == 6:
+        halves = tiles[..., : 2 * words].reshape(*tiles.shape[:-1], words, 2)
+        three = torch.cat((halves, tiles[..., 2 * words :, None]), dim=-1).long()
+        three = three[..., _word_order(format).argsort().to(tiles.device), :]
+        last = ((three >> 6) << 2 * part[:3]).sum(dim=-1, keepdim=True)
+        return torch.cat((three & 63, last), dim=-1)
+    codes = tiles[..., : 4 * words].long().view(*tiles.shape[:-1], words, 4)
+    if format.bits > 8:
+        codes = codes | (tiles[..., 4 * words :, None].long() >> 2 * part & 3) << 8
+    return codes
 
 
 def _pack(codes: Tensor, format: CodeFormat, word: Tensor, code: Tensor) -> Tensor:
@@ -341,25 +381,15 @@ def _pack(codes: Tensor, format: CodeFormat, word: Tensor, code: Tensor) -> Tens
     padded = codes.new_zeros(batch, heads, tiles * TILE, groups)
     padded[:, :, :tokens] = codes
     flat = padded.view(batch, heads, tiles, TILE * groups).long()
-    word, code = word.flatten().to(codes.device), code.flatten().to(codes.device)
-    tile = torch.zeros(
-        batch, heads, tiles, format.tile_bytes, dtype=torch.uint8, device=codes.device
-    )
-    tile[..., word * 4 + code] = (flat & 255).to(torch.uint8)
-    if format.bits > 8:
-        upper = torch.zeros((*tile.shape[:3], 4 * groups), dtype=torch.long, device=codes.device)
-        upper.index_add_(3, word, (flat >> 8) << (2 * code))
-        tile[..., TILE * groups :] = upper.to(torch.uint8)
-    return tile
+    words = torch.empty_like(flat)
+    words[..., (4 * word + code).flatten().to(codes.device)] = flat
+    return _to_bytes(words.view(batch, heads, tiles, 4 * groups, 4), format)
 
 
 def _unpack(tiles: Tensor, format: CodeFormat, word: Tensor, code: Tensor) -> Tensor:
     batch, heads, count, _ = tiles.shape
-    word, code = word.flatten().to(tiles.device), code.flatten().to(tiles.device)
-    codes = tiles[..., word * 4 + code].long()
-    if format.bits > 8:
-        upper = tiles[..., TILE * format.groups :].long()[..., word]
-        codes = codes | (((upper >> (2 * code)) & 3) << 8)
+    place = (4 * word + code).flatten().to(tiles.device)
+    codes = _from_bytes(tiles, format).flatten(3)[..., place]
     return codes.view(batch, heads, count * TILE, format.groups)
 
 
@@ -374,7 +404,7 @@ def pack_keys(codes: Tensor, plan: KeyPlan) -> Tensor:
         uint8 ``[batch, kv_heads, ceil(tokens / 16), tile_bytes]``.
     """
     ordered = codes[..., torch.tensor(plan.groups, device=codes.device)]
-    return _pack(ordered, plan.format, *_key_bytes(plan.format))
+    return _pack(ordered, plan.format, *_key_words(plan.format))
 
 
 def unpack_keys(tiles: Tensor, plan: KeyPlan) -> Tensor:
@@ -385,17 +415,17 @@ def unpack_keys(tiles: Tensor, plan: KeyPlan) -> Tensor:
 
 def key_codes_in_order(tiles: Tensor, format: CodeFormat) -> Tensor:
     """Codes of key tiles ``[batch, kv_heads, tokens, groups]``, groups in kernel order."""
-    return _unpack(tiles, format, *_key_bytes(format))
+    return _unpack(tiles, format, *_key_words(format))
 
 
 def value_codes_in_order(tiles: Tensor, format: CodeFormat) -> Tensor:
     """The codes of value tiles: int64 ``[batch, kv_heads, tokens, groups]``."""
-    return _unpack(tiles, format, *_value_bytes(format))
+    return _unpack(tiles, format, *_value_words(format))
 
 
 def pack_values(codes: Tensor, format: CodeFormat) -> Tensor:
     """As :func:`pack_keys`, for values."""
-    return _pack(codes, format, *_value_bytes(format))
+    return _pack(codes, format, *_value_words(format))
 
 
 def unpack_values(tiles: Tensor, format: CodeFormat) -> Tensor:

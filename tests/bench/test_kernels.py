@@ -28,7 +28,7 @@ from cqtool.spec import KINDS
 
 CPU = torch.device("cpu")
 LOAD = AttentionLoad("a case", 2, 4, 2, 64, 37)
-FORMATS = ("cq-8c8b", "cq-8c10b", "cq-4c8b", "cq-2c8b", "k-cq-4c8b-v-cq-8c8b")
+FORMATS = ("cq-8c8b", "cq-8c10b", "cq-4c8b", "cq-2c8b", "cq-8c6b", "k-cq-4c8b-v-cq-8c8b")
 
 
 def spread(seconds: float = 1e-3) -> Spread:

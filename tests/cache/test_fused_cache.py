@@ -113,7 +113,15 @@ def test_windows_sinks_and_prompts_of_any_size(window, sinks, prompt, attended):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [((2, 8), (8, 8)), ((4, 8), (2, 8)), ((8, 10), (4, 8)), ((8, 8), (8, 10))]
+    ("key", "value"),
+    [
+        ((2, 8), (8, 8)),
+        ((4, 8), (2, 8)),
+        ((8, 10), (4, 8)),
+        ((8, 8), (8, 10)),
+        ((8, 6), (4, 8)),
+        ((8, 8), (8, 6)),
+    ],
 )
 def test_formats_of_keys_and_values_are_independent(key, value, attended):
     model = tiny("wide-qwen3")

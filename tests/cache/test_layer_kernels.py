@@ -18,7 +18,7 @@ def _codecs(channels: int, bits: int) -> LayerCodecs:
     return LayerCodecs(CQCodec(book), CQCodec(book))
 
 
-@pytest.mark.parametrize("channels, bits", [(8, 8), (4, 8), (2, 8), (8, 10)])
+@pytest.mark.parametrize("channels, bits", [(8, 8), (4, 8), (2, 8), (8, 10), (8, 6)])
 def test_hopper_and_a_cpu_take_every_format(channels: int, bits: int) -> None:
     for capability in ((9, 0), None):
         assert unsupported(GEOMETRY, _codecs(channels, bits), 8, capability) is None

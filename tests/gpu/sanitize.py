@@ -29,6 +29,9 @@ DECODE = {
     "10 bits: scores, then values": Case(tokens=100, key="8c10b", value="8c10b"),
     "10 bits, a part of few groups": Case(tokens=100, key="8c10b", value="8c10b", dim=80),
     "10 bits, scattered": Case(tokens=100, key="8c10b", value="8c10b", permute="all"),
+    "6 bits": Case(tokens=100, key="8c6b", value="8c6b"),
+    "6 bits, an odd block": Case(tokens=100, key="8c6b", value="8c6b", dim=80, group=4),
+    "6 bits, scattered": Case(tokens=100, key="8c6b", value="8c6b", dim=192, permute="all"),
     "one warp, many tiles": Case(batch=64, kv_heads=4, tokens=1200, group=4),
     "scattered groups": Case(tokens=100, permute="all"),
     "everything": Case(
@@ -47,8 +50,8 @@ DECODE = {
 
 
 def encode() -> None:
-    """Keys and values, a prompt and single tokens, of 8 and 10 bits."""
-    for channels, bits in ((8, 8), (8, 10), (4, 8)):
+    """Keys and values, a prompt and single tokens, of 6, 8 and 10 bits."""
+    for channels, bits in ((8, 8), (8, 10), (4, 8), (8, 6)):
         format = CodeFormat(128, channels, bits)
         book = torch.randn(2, format.groups, format.centroids, channels, device="cuda")
         for plan in (plan_keys(format, KeyRotation("half", 128)), format):

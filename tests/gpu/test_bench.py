@@ -37,7 +37,7 @@ def test_formats_and_rivals_are_right_and_get_times(device):
     from cqtool.bench.formats import parse_formats
 
     load = AttentionLoad("small", 2, 8, 2, 128, 777)
-    names = ["cq-8c8b", "cq-8c10b", "cq-4c8b", "cq-2c8b"]
+    names = ["cq-8c8b", "cq-8c10b", "cq-4c8b", "cq-2c8b", "cq-8c6b"]
     formats = parse_formats(names, groupings=GROUPINGS)
     settings = KernelSettings(device, torch.float16, 5)
     found = bench_decode(load, formats, settings, measure_bandwidth(device, 5))

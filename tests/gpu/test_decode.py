@@ -69,9 +69,15 @@ def test_groups(style: str, permute: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("permute", ["none", "pairs", "all"])
-@pytest.mark.parametrize("dim", [64, 80, 256])
-def test_groups_of_other_head_dims(permute: str, dim: int) -> None:
-    check(Case(permute=permute, dim=dim, group=1))
+@pytest.mark.parametrize("name, dim", [("8c8b", 64), ("8c8b", 80), ("8c8b", 256), ("8c6b", 192)])
+def test_groups_of_other_head_dims(permute: str, name: str, dim: int) -> None:
+    check(Case(permute=permute, key=name, value=name, dim=dim, group=1))
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_pages_of_codes_of_any_number_of_bits(group: int) -> None:
+    for key, value in (("8c6b", "8c10b"), ("8c10b", "8c6b")):
+        check(Case(key=key, value=value, paged=True, ragged=True, batch=5, group=group))
 
 
 def cut_like(monkeypatch: pytest.MonkeyPatch, cut: Share) -> None:
@@ -93,7 +99,7 @@ def test_a_warp_walks_many_tiles(name: str, group: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("style, permute", [("interleaved", "none"), ("half", "all")])
 @pytest.mark.parametrize("dim", [80, 128])
-@pytest.mark.parametrize("name", ["8c8b", "4c8b", "8c10b"])
+@pytest.mark.parametrize("name", ["8c8b", "4c8b", "8c10b", "8c6b"])
 def test_a_warp_walks_many_tiles_of_other_groups(
     style: str, permute: str, dim: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +110,9 @@ def test_a_warp_walks_many_tiles_of_other_groups(
 @pytest.mark.parametrize("team", [1, 2, 4, 8])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("window", [0, 20])
-@pytest.mark.parametrize("name, group", [("8c8b", 1), ("8c8b", 3), ("8c10b", 4), ("2c8b", 8)])
+@pytest.mark.parametrize(
+    "name, group", [("8c8b", 1), ("8c8b", 3), ("8c10b", 4), ("2c8b", 8), ("8c6b", 2)]
+)
 def test_every_cut_gives_the_same(
     team: int, splits: int, window: int, name: str, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +132,9 @@ def test_several_groups_of_query_rows_write_their_own_results(
     check(Case(group=20, tokens=300, batch=3))
 
 
-@pytest.mark.parametrize("name, dim", [("8c10b", 128), ("8c10b", 80), ("8c8b", 256), ("8c8b", 96)])
+@pytest.mark.parametrize(
+    "name, dim", [("8c10b", 128), ("8c10b", 80), ("8c8b", 256), ("8c8b", 96), ("8c6b", 192)]
+)
 @pytest.mark.parametrize("permute", ["none", "all"])
 def test_nothing_is_read_that_was_not_written(
     name: str, dim: int, permute: str, tmp_path: Path

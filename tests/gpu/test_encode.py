@@ -19,12 +19,14 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-FORMATS = [(8, 8), (4, 8), (2, 8), (8, 10)]
+FORMATS = [(8, 8), (4, 8), (2, 8), (8, 10), (8, 6)]
 CASES = [
     *((8, 8, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)),
     (4, 8, torch.bfloat16),
     (2, 8, torch.float16),
     (8, 10, torch.bfloat16),
+    (8, 6, torch.bfloat16),
+    (8, 6, torch.float32),
 ]
 # Scores are held to 2**-19 of the longest centroid's square, and the tensor cores truncate.
 SLACK = 2.0**-15
@@ -122,9 +124,10 @@ def test_codes_are_the_nearest_centroids(batch, tokens, channels, bits, dtype, k
 
 
 @pytest.mark.parametrize("kind", ["key", "value"])
+@pytest.mark.parametrize("bits", [6, 8])
 @pytest.mark.parametrize("dim", [64, 80, 96, 192, 256])
-def test_every_head_dim_and_strided_vectors(dim, kind):
-    format = CodeFormat(dim, 8, 8)
+def test_every_head_dim_and_strided_vectors(dim, bits, kind):
+    format = CodeFormat(dim, 8, bits)
     codebook = make_codebook(format, 3)
     plan = plan_keys(format, KeyRotation("half", dim)) if kind == "key" else format
     # As a projection leaves them: tokens before heads, and other channels in between.

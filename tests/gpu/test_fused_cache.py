@@ -115,7 +115,15 @@ def test_the_first_pass_over_several_tokens_finds_a_ring(dtype, attended):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [((2, 8), (8, 8)), ((4, 8), (4, 8)), ((8, 10), (8, 10)), ((8, 8), (2, 8))]
+    ("key", "value"),
+    [
+        ((2, 8), (8, 8)),
+        ((4, 8), (4, 8)),
+        ((8, 10), (8, 10)),
+        ((8, 8), (2, 8)),
+        ((8, 6), (4, 8)),
+        ((8, 10), (8, 6)),
+    ],
 )
 def test_formats_of_keys_and_values(key, value, attended):
     sizes = [300, *[1] * 10, 4]
@@ -134,6 +142,8 @@ def test_formats_of_keys_and_values(key, value, attended):
         ("wide-llama", (2, 8), "random", "scatter"),
         ("wide-llama", (4, 8), "shuffled", "paired"),
         ("wide-llama-128", (8, 10), "pairs", "closed"),
+        ("wide-llama-128", (8, 6), "pairs", "closed"),
+        ("wide-llama", (8, 6), "random", "scatter"),
         ("wide-phi", (8, 8), "pairs", "closed"),
         ("wide-cohere2", (8, 8), "random", "scatter"),
         ("wide-gpt2", (8, 8), "random", "paired"),

@@ -17,10 +17,16 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
+# Of the logits' norm. The kernel holds scores to 2**-19 of the largest one, so that of random
+# codebooks one code in a few thousand is another centroid, as near in the metric, but not in what
+# it decodes to: a single one moves the logits by up to 0.02, and attention in half precision moves
+# them by 0.01 before. The kernels' arithmetic repeated on a CPU gave 0.021 at most in 24 cases;
+# distances without the metric give 0.37 at least.
+TOLERANCE = 0.05
 
 
 @pytest.mark.parametrize("keys", [None, "random", "pairs"])
-@pytest.mark.parametrize("code", [(8, 8), (4, 8), (8, 10)])
+@pytest.mark.parametrize("code", [(8, 8), (4, 8), (8, 10), (8, 6)])
 def test_the_fused_cache_encodes_in_the_metric(code, keys):
     model, ids = tiny("wide-llama"), random_ids(2, 60).cuda()
     format = kernel_format(model, key=code, value=code, window=4, sinks=2)
@@ -38,7 +44,7 @@ def test_the_fused_cache_encodes_in_the_metric(code, keys):
         found[implementation] = torch.cat(logits, dim=1)
     assert cache.implementation == "fused"
     apart = (found["auto"] - found["reference"]).norm() / found["reference"].norm()
-    assert apart < 0.01
+    assert apart < TOLERANCE
 
 
 def test_moments_are_those_of_a_cpu(tmp_path):

@@ -12,10 +12,10 @@ from cqtool.kernels.decode.op import variants
 from cqtool.kernels.decode.share import share
 from cqtool.kernels.variants import ARCHITECTURES, Variant
 
-FORMATS = {"8c8b": (8, 8), "4c8b": (4, 8), "2c8b": (2, 8), "8c10b": (8, 10)}
+FORMATS = {"8c8b": (8, 8), "4c8b": (4, 8), "2c8b": (2, 8), "8c10b": (8, 10), "8c6b": (8, 6)}
 # Spilled bytes that were measured and accepted: up to three registers, more of the addresses that
 # groups of few channels need.
-ALLOWED = {"2c8b": 64, "4c8b": 16, "8c8b": 12, "8c10b": 0}
+ALLOWED = {"2c8b": 64, "4c8b": 16, "8c8b": 12, "8c10b": 0, "8c6b": 0}
 
 
 def _case(name: str, rows: int, dim: int = 128, slow: bool = True) -> DecodeCase:
@@ -41,7 +41,7 @@ def test_decode_compiles_without_spills(name: str, rows: int, slow: bool, arch: 
 
 
 @pytest.mark.parametrize("pairing", ["closed", "scatter"])
-@pytest.mark.parametrize("name, dim", [("8c8b", 128), ("4c8b", 80), ("8c10b", 128)])
+@pytest.mark.parametrize("name, dim", [("8c8b", 128), ("4c8b", 80), ("8c10b", 128), ("8c6b", 192)])
 def test_other_groupings_compile(name: str, dim: int, pairing: Pairing) -> None:
     launch = choose(replace(_case(name, 4, dim), pairing=pairing), 90)
     assert launch is not None

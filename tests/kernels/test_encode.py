@@ -22,8 +22,17 @@ from cqtool.kernels.layout import (
 )
 from cqtool.models.rotation import rotate, unrotate
 
-FORMATS = [(8, 8), (4, 8), (2, 8), (8, 10)]
-SHAPES = [(64, 8, 8), (80, 4, 8), (96, 2, 8), (128, 8, 10), (192, 8, 8), (256, 8, 10), (80, 8, 10)]
+FORMATS = [(8, 8), (4, 8), (2, 8), (8, 10), (8, 6)]
+SHAPES = [
+    (64, 8, 8),
+    (80, 4, 8),
+    (96, 2, 8),
+    (128, 8, 10),
+    (192, 8, 8),
+    (256, 8, 10),
+    (80, 8, 10),
+    (192, 8, 6),
+]
 
 
 def make_codebook(format: CodeFormat, heads: int, seed: int = 0) -> torch.Tensor:
@@ -229,6 +238,26 @@ def test_the_kernels_tables_hold_the_centroids_exactly_and_keep_scores_in_reach(
     worst = (limit.sqrt() / scale)[:, :, None] * product + product * length / 2
     assert float(worst.max()) < 63
     assert bool((limit.sqrt() > 3 * scale * length.amax(dim=2)).all())
+
+
+@pytest.mark.parametrize("bits", [6, 8, 10])
+def test_columns_of_a_table_are_codes_with_their_own_offsets(bits):
+    format = CodeFormat(64, 8, bits)
+    codebook = make_codebook(format, 1)
+    encoder = Encoder(codebook, format)
+    scale, _, table_scale, _ = encoder._scaling[0, 3].double().tolist()
+    book, size = codebook[0, 3].double(), min(256, 1 << bits)
+    assert encoder._image.shape == (1, 8, (1 << bits) // size, 20 * size)
+    for start, table in zip(range(0, 1 << bits, size), encoder._image[0, 3], strict=True):
+        halves = table[: 16 * size].view(torch.float16).double().view(-1, 32, 4, 2)
+        offsets = table[16 * size :].view(torch.float32).double().view(-1, 4, 2)
+        for n in range(size):
+            block, i, lane = n // 8, n // 4 % 2, n % 4
+            column = 2 * lane + i  # of a product: four lanes hold its channels
+            entry = halves[block // 4, 4 * column : 4 * column + 4, block % 4].flatten()
+            assert torch.equal(entry, book[start + n] * table_scale)
+            least = 192 - scale * table_scale * book[start + n].square().sum() / 2
+            assert abs(offsets[block, lane, i] - least) < 1e-4
 
 
 def test_permuted_values_and_a_wrong_storage():

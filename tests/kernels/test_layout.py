@@ -25,7 +25,7 @@ from cqtool.kernels.layout import (
     value_table,
 )
 
-FORMATS = [(2, 8), (4, 8), (8, 8), (8, 10)]
+FORMATS = [(2, 8), (4, 8), (8, 6), (8, 8), (8, 10)]
 HALF = KeyRotation("half", 128)
 
 
@@ -63,6 +63,24 @@ def test_a_value_byte_lies_where_its_lane_reads_it() -> None:
         for lane in range(4):
             for i, token in enumerate((2 * lane, 2 * lane + 1, 2 * lane + 8, 2 * lane + 9)):
                 assert tile[4 * (4 * group + lane) + i] == codes[0, 0, token, group]
+
+
+@pytest.mark.parametrize("dim", [80, 128, 192])  # no twin blocks, one pair, a pair and another
+def test_four_codes_of_6_bits_lie_in_three_bytes(dim: int) -> None:
+    format = CodeFormat(dim, 8, 6)
+    codes = torch.randint(0, 64, (1, 1, 16, format.groups))
+    tile = pack_values(codes, format)[0, 0, 0].tolist()
+    words = 4 * format.groups
+    for group in range(format.groups):
+        for lane in range(4):
+            block, place = group // 8, 4 * group + lane
+            if block + 1 - block % 2 < format.groups // 8:
+                place = block // 2 * 64 + 2 * (4 * (group % 8) + lane) + block % 2
+            three = [tile[2 * place], tile[2 * place + 1], tile[2 * words + place]]
+            for i, token in enumerate((2 * lane, 2 * lane + 1, 2 * lane + 8)):
+                assert three[i] % 64 == codes[0, 0, token, group]
+            fourth = sum(part // 64 * 4**i for i, part in enumerate(three))
+            assert fourth == codes[0, 0, 2 * lane + 9, group]
 
 
 @pytest.mark.parametrize("channels", [2, 4, 8])

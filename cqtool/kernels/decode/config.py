@@ -289,7 +289,7 @@ def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
         fused, selects = (_MATRICES, *fused), (_MATRICES, *selects)
     for select in fused:
         launch = DecodeLaunch(case, True, 1, 1, warps, *select, tuning)
-        if launch.shared_bytes(True, True) <= limit and case.key_dim <= 192:
+        if launch.shared_bytes(True, True) <= limit and _fits_registers(case):
             return launch
     if case.key_dim <= 128:
         tuning = _TUNING_PARTS.get((rows, case.key_channels), tuning)
@@ -311,6 +311,16 @@ def choose(case: DecodeCase, capability: int) -> DecodeLaunch | None:
             if trial.shared_bytes(False, True) <= limit and case.value_dim // value_parts <= 128:
                 return trial
     return None
+
+
+def _fits_registers(case: DecodeCase) -> bool:
+    """Whether a kernel of scores and values keeps its queries and sums without many spills."""
+    most, scatter = 384, case.pairing == "scatter"
+    if case.key_dim > 128 and case.row_block >= (2 if scatter else 8):
+        most = 256
+    elif case.key_dim > 128 and scatter:
+        most = 320
+    return case.key_dim <= 192 and case.key_dim + case.value_dim <= most
 
 
 def _ceil(a: int, b: int) -> int:

@@ -26,6 +26,8 @@ constexpr int KSTEPS = ceil_div(KSLOTS, SWT) * SWT;
 constexpr int KBLOCKS = ceil_div(KSLOTS, KSPB);
 constexpr int KEY_TABLE = KBLOCKS * KCENT * 128;
 constexpr int KEY_TILE = 2 * (KEY_DIM / KC) * KEY_BITS;
+// Slots, from the first on, whose words of 6-bit codes are loaded two at a time (place_of_6).
+constexpr int KTWINS = KEY_BITS == 6 && KEY_PARTS == 1 ? KUNITS / 8 * 2 : 0;
 constexpr int NOFF = imax(1, 8 / ORD / RS);
 constexpr int NTK = imax(1, RS * ORD / 8);
 constexpr int COMBOS = NOFF * RS;
@@ -45,6 +47,7 @@ constexpr int PP = ceil_div(KPAIRS / 2, 32);
 static_assert(NTK * 8 == COMBOS * ORD, "columns");
 static_assert(EVERY == 1 || EVERY % SG == 0, "the queries are made anew at the start of a step");
 static_assert(!SLOW || (QSTEPS / 2) % SWT == 0, "slots of one half stay in it");
+static_assert(KEY_BITS != 6 || SWT == 1, "twins are slots of one order");
 static_assert(KEY_PARTS == 1 || KSLOTS % KSPB == 0, "parts are whole tables");
 
 // ---- values ---------------------------------------------------------------------------------
@@ -65,6 +68,9 @@ constexpr int NTV = imax(1, RS * TS * 2 / 8);
 constexpr int RPT = 4 / TS;  // rows a column tile of the values holds
 constexpr int VALUE_TABLE = VBLOCKS * VCENT * 128;
 constexpr int VALUE_TILE = 2 * VGROUPS * VALUE_BITS;
+// As KTWINS, of blocks; a part of several has them if all of its blocks are such.
+constexpr bool VEVEN = VBLOCKS % 2 == 0 && VGROUPS % 16 == 0;
+constexpr int VTWINS = VALUE_BITS != 6 ? 0 : VALUE_PARTS == 1 ? VGROUPS / 16 * 2 : VEVEN ? VBLOCKS : 0;
 static_assert(NTV * 4 == imax(4, RS * TS), "value columns");
 static_assert(!MATRICES || (VC == 8 && VSEL == 2 && VCOPIES == 2), "a matrix: 4 groups of 2 tokens");
 

@@ -88,7 +88,9 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 
   // ---- what a lane keeps: where its codes and entries lie, its angles within a tile -----------
   // Where a slot's word lies in a tile: constants apart from the lane's own where slots are whole.
-  constexpr bool WHOLE = KUNITS % 4 == 0 && KSTEPS == KSLOTS && SWT == 1;
+  // Words of 6-bit codes are counted, others are at bytes.
+  constexpr bool WHOLE =
+      KUNITS % 4 == 0 && KSTEPS == KSLOTS && SWT == 1 && (KEY_BITS != 6 || KTWINS == KSLOTS);
   int key_word[KSTEPS];
   u32 key_base[KSPB];
   u32 turn_cos[2][QSTEPS][KREGS], turn_sin[2][QSTEPS][KREGS];
@@ -96,7 +98,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
   u32 tile_cos[PP][imax(1, NOFF - 1)], tile_sin[PP][imax(1, NOFF - 1)];
   u32 step_cos[QSTEPS][KREGS], step_sin[QSTEPS][KREGS];  // of the next set of B fragments
   u32 advance[PP][2];  // turns / 2^32 of a step, of each pair
-  u32 key_pick[4];
+  u32 key_pick[4], late_bits = 0;  // the latter: code_bits of the third code read
   // The first of the two pairs in register i of a slot (see "pairing" in layout.py); any where the
   // slot is padding.
   auto first_pair = [&](int slot, int i) {
@@ -128,7 +130,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       int slot = s ^ swap;
       int lanes = min(4, KUNITS - 4 * (slot0 + slot));
       bool real = slot < KSLOTS && t < lanes;
-      key_word[s] = real ? (32 * (slot0 + slot) + r * lanes + t) * 4 : 0;
+      key_word[s] = real ? place_of<KEY_BITS>(32 * (slot0 + slot) + r * lanes + t, 8 * KUNITS) : 0;
     }
 #pragma unroll
     for (int s = 0; s < QSTEPS; s++) {
@@ -154,7 +156,8 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
     }
     // Odd tokens take hi first.
 #pragma unroll
-    for (int i = 0; i < 4; i++) key_pick[i] = 0x80u << (8 * (PAIRING == 2 ? i : i ^ (r & 1)));
+    for (int i = 0; i < 4; i++) key_pick[i] = code_pick<KEY_BITS>(PAIRING == 2 ? i : i ^ (r & 1));
+    late_bits = code_bits(PAIRING == 2 ? 2 : 2 ^ (r & 1));
 #pragma unroll
     for (int s = 0; s < KSPB; s++)
       key_base[s] = (((s ^ swap) % KSPB) * 8 + (r & 1) * 4 + t) * (2 * KC);
@@ -176,10 +179,11 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
     }
     if constexpr (EVERY == 1) load_tile_turns();
   }
-  auto key_place = [&](int s) { return WHOLE ? key_word[0] + 128 * s : key_word[s]; };
+  auto key_place = [&](int s) { return WHOLE ? key_word[0] + (KEY_BITS == 6 ? 32 : 128) * s : key_word[s]; };
   int value_word[HS] = {};
   auto value_place = [&](int i) {
-    return VGROUPS % NB == 0 ? value_word[i % QPB] + (i / QPB) * NB * 16 : value_word[i];
+    constexpr bool WHOLE_BLOCKS = VALUE_BITS == 6 ? VTWINS == VBLOCKS : VGROUPS % NB == 0;
+    return WHOLE_BLOCKS ? value_word[i % QPB] + (i / QPB) * NB * (VALUE_BITS == 6 ? 4 : 16) : value_word[i];
   };
   u32 value_base[QPB];
   u32 pick0 = 0x4444, pick1 = 0x4444;  // PRMT selectors: a weight into its parity's half, or zero
@@ -194,7 +198,7 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 #pragma unroll
     for (int block = 0; block < VBLOCKS; block++) {
       int group = (block0 + block) * NB + column;
-      value_word[block] = group < VGROUPS ? (group * 4 + tokens) * 4 : 0;
+      value_word[block] = group < VGROUPS ? place_of<VALUE_BITS>(group * 4 + tokens, 4 * VGROUPS) : 0;
     }
   } else if constexpr (VALUES) {
     const int u = t % TS;
@@ -206,7 +210,8 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 #pragma unroll
       for (int block = 0; block < VBLOCKS; block++) {
         int group = (block0 + block) * NB + column;
-        value_word[block * QPB + q] = group < VGROUPS ? (group * 4 + t) * 4 : 0;
+        value_word[block * QPB + q] =
+            group < VGROUPS ? place_of<VALUE_BITS>(group * 4 + t, 4 * VGROUPS) : 0;
       }
     }
     if ((r >> 1) % TS == u) {
@@ -347,15 +352,25 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
         const u8* at = keys.at<KEY_TILE>(min(tile + o, tile1 - 1));
 #pragma unroll
         for (int s = 0; s < KSTEPS; s++) {
-          key_codes_now[o][s] = load_word(at, key_place(s));
-          if constexpr (KEY_BITS > 8)
-            key_upper[o][s] = at[16 * (KEY_DIM / KC) + key_place(s) / 4];
+          if constexpr (KEY_BITS == 6) {
+            load_6(key_codes_now[o][s], key_upper[o][s], at, key_place(s), KEY_DIM / KC, s, KTWINS);
+          } else {
+            key_codes_now[o][s] = load_word(at, key_place(s));
+            if constexpr (KEY_BITS > 8)
+              key_upper[o][s] = at[16 * (KEY_DIM / KC) + key_place(s) / 4];
+          }
         }
       }
     };
     if constexpr (SCORES) {
       if (tile0 < tile1) fetch_keys(tile0);
     }
+
+    // As rest_at, but of the i-th code that the lane reads.
+    auto key_rest = [&](int o, int s, int i) {
+      if constexpr (KEY_BITS == 6) return i < 2 ? code_bits(i) : i == 2 ? late_bits : ~late_bits;
+      return rest_at<KEY_BITS>(key_upper[o], s, i);
+    };
 
     u32 value_codes_now[TPS][HS] = {}, value_upper[TPS][HS] = {};  // none yet: weights are zero
     auto fetch_values = [&](int tile) {
@@ -364,8 +379,12 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
         const u8* at = values.at<VALUE_TILE>(min(tile + o, tile1 - 1));
 #pragma unroll
         for (int i = 0; i < HS; i++) {
-          value_codes_now[o][i] = load_word(at, value_place(i));
-          if constexpr (VALUE_BITS > 8) value_upper[o][i] = at[16 * VGROUPS + value_place(i) / 4];
+          if constexpr (VALUE_BITS == 6) {
+            load_6(value_codes_now[o][i], value_upper[o][i], at, value_place(i), VGROUPS, i, VTWINS);
+          } else {
+            value_codes_now[o][i] = load_word(at, value_place(i));
+            if constexpr (VALUE_BITS > 8) value_upper[o][i] = at[16 * VGROUPS + value_place(i) / 4];
+          }
         }
       }
     };
@@ -392,10 +411,11 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       for (int block = 0; block < VBLOCKS; block++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          u32 upper = VALUE_BITS > 8 ? value_upper[o][block] : 0;
+          u32 rest = rest_at<VALUE_BITS>(value_upper[o], block, i);
           u32 x[4];
-          load_matrices(x, row_at<VALUE_BITS>(value_base[0] + block * (VCENT * 128), value_codes_now[o][block],
-                                              0x80u << (8 * i), upper, 2 * i));
+          load_matrices(x, row_at<VALUE_BITS>(value_base[0] + block * (VCENT * 128),
+                                              word_at<VALUE_BITS>(value_codes_now[o], value_upper[o], block, VTWINS),
+                                              code_pick<VALUE_BITS>(i), rest, 2 * i));
 #pragma unroll
           for (int v = 0; v < NTV; v++) {
             const uint4& two = w[v][i / 2];
@@ -415,9 +435,10 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
       }
       auto entry = [&](int hs, int i) {
         u32 base = value_base[hs % QPB] + (hs / QPB) * (VCENT * 128);
-        u32 upper = VALUE_BITS > 8 ? value_upper[o][hs] : 0;
+        u32 rest = rest_at<VALUE_BITS>(value_upper[o], hs, i);
         return load_entry<2 * VC>(
-            row_at<VALUE_BITS>(base, value_codes_now[o][hs], 0x80u << (8 * i), upper, 2 * i));
+            row_at<VALUE_BITS>(base, word_at<VALUE_BITS>(value_codes_now[o], value_upper[o], hs, VTWINS),
+                               code_pick<VALUE_BITS>(i), rest, 2 * i));
       };
       // Registers of one entry are the two row halves of a product. Those of a 16-byte entry lie side
       // by side as m16n8k8 takes them; smaller entries of two tokens make one m16n8k16 together.
@@ -588,10 +609,10 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
 #pragma unroll
                 for (int i = 0; i < 4; i++) {  // token half, lo or hi
                   int hi = i & 1, column = ((slot % KSPB) * 8 + hi * 4 + t) * (2 * KC);
-                  u32 upper = KEY_BITS > 8 ? key_upper[o][s] : 0;
                   u32 at = (real ? slot / KSPB : 0) * (KCENT * 128) + column;
                   Entry e = load_entry<2 * KC>(
-                      row_at<KEY_BITS>(at, key_codes_now[o][s], key_pick[i], upper, 2 * i));
+                      row_at<KEY_BITS>(at, word_at<KEY_BITS>(key_codes_now[o], key_upper[o], s, KTWINS), key_pick[i],
+                                       key_rest(o, s, i), 2 * i));
                   const u16* place = natural_place + head * KEY_DIM +
                       (real ? (((slot0 + slot) * 4 + t) * 2 + hi) * KC : 0);
                   u16* row = reinterpret_cast<u16*>(natural) + (r + 8 * (i >> 1)) * NAT_PITCH;
@@ -620,16 +641,16 @@ KERNEL(const u8* __restrict__ key_codes, const u8* __restrict__ value_codes,
                   }
                 }
               } else {
-                u32 upper = KEY_BITS > 8 ? key_upper[o][s] : 0;
                 u32 base_x = key_base[s % KSPB] + (s / KSPB) * (KCENT * 128);
                 // The other of lo and hi lies four columns away.
                 u32 base_y = base_x ^ (8 * KC);
-                u32 word = key_codes_now[o][s];
+                u32 word = word_at<KEY_BITS>(key_codes_now[o], key_upper[o], s, KTWINS);
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                   int x_shift = 4 * h + 2 * (r & 1), y_shift = 4 * h + 2 - 2 * (r & 1);
-                  x[h] = load_entry<2 * KC>(row_at<KEY_BITS>(base_x, word, key_pick[2 * h], upper, x_shift));
-                  y[h] = load_entry<2 * KC>(row_at<KEY_BITS>(base_y, word, key_pick[2 * h + 1], upper, y_shift));
+                  u32 x_rest = key_rest(o, s, 2 * h), y_rest = key_rest(o, s, 2 * h + 1);
+                  x[h] = load_entry<2 * KC>(row_at<KEY_BITS>(base_x, word, key_pick[2 * h], x_rest, x_shift));
+                  y[h] = load_entry<2 * KC>(row_at<KEY_BITS>(base_y, word, key_pick[2 * h + 1], y_rest, y_shift));
                 }
               }
               if constexpr (ROTATE) {

@@ -23,11 +23,41 @@ DEVICE Entry load_entry(u32 offset) {
 }
 
 // base + 128 * (the code of `word` that `pick` selects: 128 in its byte), with the two upper bits of
-// 10-bit codes at `shift` of `upper`. One dot product instruction does shift, mask and sum.
+// 10-bit codes at `shift` of `rest`, or the bits of a 6-bit code in `rest`. One dot product instruction
+// does shift, mask and sum.
 template <int BITS>
-DEVICE u32 row_at(u32 base, u32 word, u32 pick, u32 upper, int shift) {
-  if constexpr (BITS > 8) base += ((upper >> shift) & 3u) << 15;
+DEVICE u32 row_at(u32 base, u32 word, u32 pick, u32 rest, int shift) {
+  if constexpr (BITS > 8) base += ((rest >> shift) & 3u) << 15;
+  if constexpr (BITS == 6) word &= rest;
   return __dp4a(word, pick, base);
+}
+// Where a word of codes lies in a tile: the byte, or as place_of_6 counts.
+template <int BITS>
+DEVICE int place_of(int word, int words) {
+  return BITS == 6 ? place_of_6(word, words) : 4 * word;
+}
+// What picks the i-th code of a word, and the bits of 6-bit codes that it is in. Of the fourth, each
+// byte has two bits, times 64.
+template <int BITS>
+DEVICE u32 code_pick(int i) {
+  return BITS == 6 && i == 3 ? 0x200802u : 0x80u << (8 * i);
+}
+DEVICE u32 code_bits(int i) { return i == 3 ? 0xc0c0c0u : 0x3f3f3fu; }
+// The index-th word of a lane. Of 6 bits, what was loaded is joined to three bytes (and one more of
+// anything); twins were loaded as one.
+template <int BITS>
+DEVICE u32 word_at(const u32* codes, const u32* upper, int index, int twins) {
+  if constexpr (BITS == 6) {
+    const int of = index < twins ? index & ~1 : index;
+    return __byte_perm(codes[of], upper[of], of == index ? 0x0410 : 0x0532);
+  } else {
+    return codes[index];
+  }
+}
+// What row_at asks for beside it.
+template <int BITS>
+DEVICE u32 rest_at(const u32* upper, int index, int code) {
+  return BITS == 6 ? code_bits(code) : BITS > 8 ? upper[index] : 0;
 }
 
 // Half-precision rotations of two pairs of channels: on by their angles, back by them, and on by
@@ -81,6 +111,18 @@ struct Tiles {
 
 DEVICE u32 load_word(const u8* tile, int offset) {
   return __ldg(reinterpret_cast<const u32*>(tile + offset));
+}
+DEVICE u32 load_half(const u8* tile, int offset) {
+  return __ldg(reinterpret_cast<const u16*>(tile + offset));
+}
+// The index-th word of a lane from a tile of 6-bit codes, by its place there. Of twins, the first
+// brings both.
+DEVICE void load_6(u32& codes, u32& upper, const u8* tile, int place, int groups, int index, int twins) {
+  if (index >= twins) {
+    codes = load_half(tile, 2 * place), upper = tile[8 * groups + place];
+  } else if (index % 2 == 0) {
+    codes = load_word(tile, 2 * place), upper = load_half(tile, 8 * groups + place);
+  }
 }
 
 // The rotated queries of a warp's next step, as B fragments in shared memory.

@@ -32,7 +32,8 @@
 
 constexpr int GROUPS = HEAD_DIM / CHANNELS;
 constexpr int UNITS = GROUPS / 2;
-constexpr int PASSES = 1 << (BITS - 8);  // 256 centroids at a time
+constexpr int TABLE = BITS < 8 ? 1 << BITS : 256;  // centroids at a time
+constexpr int PASSES = (1 << BITS) / TABLE;
 constexpr int TILE = 16;
 constexpr int TILE_BYTES = TILE * GROUPS * BITS / 8;
 constexpr int MAX_WARPS = 8;
@@ -41,8 +42,8 @@ constexpr int LANES = CHANNELS / 2;
 // Vectors that are not exact in float16 are given as a sum of two.
 constexpr bool SPLIT = UNROTATE || HAS_METRIC || HAS_GAIN || DTYPE == 2;
 constexpr bool WIDE = SPLIT && CHANNELS == 8;  // the second part takes 8 more channels
-constexpr int FRAGMENTS = 256;                 // 16-byte pieces of a table's centroids
-constexpr int OFFSETS = 128;                   // 8-byte pieces of its offsets, doubled when staged
+constexpr int FRAGMENTS = TABLE;               // 16-byte pieces of a table's centroids
+constexpr int OFFSETS = TABLE / 2;             // 8-byte pieces of its offsets, doubled when staged
 constexpr int IMAGE = FRAGMENTS + OFFSETS / 2;
 constexpr int STAGE = FRAGMENTS + OFFSETS;
 constexpr float HALF_MAX = 65504.0f;
@@ -65,7 +66,7 @@ DEVICE void copy_async_8(void* shared, const void* global) {
                ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
-// One table (256 centroids of a group) into shared memory; offsets go to both rows of a fragment.
+// One table (TABLE centroids of a group) into shared memory; offsets go to both rows of a fragment.
 DEVICE void stage_table(uint4* stage, const uint4* image) {
   for (int i = threadIdx.x; i < FRAGMENTS; i += blockDim.x) copy_async_16(stage + i, image + i);
   const uint2* offsets = reinterpret_cast<const uint2*>(image + FRAGMENTS);
@@ -161,7 +162,8 @@ DEVICE u32 pack_saturated(float a, float b) {
   return as_u32(__hmin2(__hmax2(as_half2(pack_half2(a, b)), bottom), top));
 }
 
-// The rest of a byte belongs to tokens that other threads may be writing: change our bits only.
+// The rest of a byte belongs to tokens that other threads may be writing: change our bits only, which
+// lie in one aligned word.
 DEVICE void put_bits(u8* byte, u32 bits, u32 mask) {
   size_t address = reinterpret_cast<size_t>(byte);
   u32* word = reinterpret_cast<u32*>(address & ~static_cast<size_t>(3));
@@ -169,6 +171,9 @@ DEVICE void put_bits(u8* byte, u32 bits, u32 mask) {
   u32 changed = ((__ldcg(word) >> shift) ^ bits) & mask;
   if (changed) atomicXor(word, changed << shift);
 }
+
+// The fourth code of a word of 6-bit codes: two bits above those of each other code.
+DEVICE u32 spread_6(u32 code) { return (code & 3) << 6 | (code & 12) << 12 | (code & 48) << 18; }
 
 // Writes one token's code; `place` is the group's place in kernel order.
 DEVICE void put_code(const Place& at, int place, u32 code) {
@@ -182,6 +187,17 @@ DEVICE void put_code(const Place& at, int place, u32 code) {
     word = 4 * place + at.token % 8 / 2;
     byte = at.token % 2 + at.token / 8 * 2;
   }
+  if (BITS == 6) {
+    const int own = place_of_6(word, 4 * GROUPS);
+    u8 *low = at.tile + 2 * own, *third = at.tile + 8 * GROUPS + own;
+    if (byte < 3) {
+      put_bits(byte < 2 ? low + byte : third, code, 0x3f);
+    } else {
+      put_bits(low, spread_6(code), 0xc0c0);
+      put_bits(third, spread_6(code) >> 16, 0xc0);
+    }
+    return;
+  }
   at.tile[4 * word + byte] = static_cast<u8>(code);
   if (BITS > 8) put_bits(at.tile + TILE * GROUPS + word, code >> 8 << 2 * byte, 3u << 2 * byte);
 }
@@ -191,6 +207,19 @@ DEVICE void put_code(const Place& at, int place, u32 code) {
 DEVICE void put_word(u8* tile, int word, u32 even, u32 odd, u32 valid) {
   // even: codes of bytes 0 and 2, odd: of bytes 1 and 3.
   u32 codes = __byte_perm(even, odd, 0x6240);
+  if (BITS == 6) {
+    const int own = place_of_6(word, 4 * GROUPS);
+    u16* low = reinterpret_cast<u16*>(tile) + own;
+    u8* third = tile + 8 * GROUPS + own;
+    u32 three = (codes & 0x3f3f3f) | spread_6(codes >> 24);
+    if (valid != 15) {
+      u32 mask = (valid & 1) * 0x3f | (valid >> 1 & 1) * 0x3f00 | (valid >> 2 & 1) * 0x3f0000 |
+          (valid >> 3) * 0xc0c0c0;
+      three = (three & mask) | ((*low | *third << 16) & ~mask);
+    }
+    *low = static_cast<u16>(three), *third = static_cast<u8>(three >> 16);
+    return;
+  }
   u8* at = tile + 4 * word;
   if (valid == 15) {
     *reinterpret_cast<u32*>(at) = codes;
@@ -452,7 +481,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2) cq_encode(
       const float4* offsets = reinterpret_cast<const float4*>(table + FRAGMENTS) + t;
       u32 best[MTILES][2] = {};
 #pragma unroll
-      for (int quad = 0; quad < 8; quad++) {
+      for (int quad = 0; quad < TABLE / 32; quad++) {
         const uint4 centroids = table[quad * 32 + lane];
 #pragma unroll
         for (int k = 0; k < 4; k++) {
@@ -503,7 +532,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2) cq_encode(
         for (int m = 0; m < MTILES; m++)
           score[m][0] = score[m][1] = -3e38f, which[m][0] = which[m][1] = 0;
 #pragma unroll 1
-        for (int j = 0; j < 32; j++) {
+        for (int j = 0; j < TABLE / 8; j++) {
           const u32 centroids =
               reinterpret_cast<const u32*>(table)[(j >> 2) * 128 + lane * 4 + (j & 3)];
           const float4 start = offsets[4 * j];

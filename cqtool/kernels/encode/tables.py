@@ -12,10 +12,9 @@ from cqtool.kernels.encode.reference import FIRST, SECOND, pack_map
 from cqtool.kernels.layout import CodeFormat, KeyPlan, channel_pairs
 
 PASS = 256
-"""Centroids of one table."""
-FRAGMENT_BYTES = 4096
-IMAGE_BYTES = FRAGMENT_BYTES + 4 * PASS
-"""Bytes of a table: centroids, then the scores' offsets."""
+"""Centroids of one table, at most."""
+ENTRY_BYTES = 16 + 4
+"""Bytes a centroid takes in a table: its fragment, all of which come first, and its offset."""
 BIAS = 192.0
 """Scores are moved to 128..256, where all floats have the same exponent."""
 REACH = 62.0
@@ -105,9 +104,10 @@ def build_tables(
         metric: M of the distance, ``[kv_heads, groups, channels, channels]``, or None.
 
     Returns:
-        uint8 ``[kv_heads, groups, passes, IMAGE_BYTES]``; float32 ``[kv_heads, groups, 4]``, the
-        scale vectors are multiplied by, the squared length up to which scores are in reach, the
-        scale of the centroids and zero; and the metric, float32, scaled.
+        uint8 ``[kv_heads, groups, passes, bytes]``, ENTRY_BYTES for each centroid of a pass;
+        float32 ``[kv_heads, groups, 4]``: the scale vectors are multiplied by, the squared length
+        up to which scores are in reach, the scale of the centroids and zero; and the metric,
+        float32, scaled.
     """
     longest = entries.double().square().sum(dim=3).amax(dim=2)  # [heads, groups]
     _, exponent = torch.frexp(longest)
@@ -130,23 +130,26 @@ def build_tables(
     reach = (REACH - energy.amax(dim=2)) / exact.square().sum(dim=3).amax(dim=2).sqrt()
     columns = (scale, reach.square().float(), table_scale, torch.zeros_like(scale))
     scaling = torch.stack(columns, dim=2).contiguous()
-    code, channel = _fragment_index(format.channels)
-    passes = format.centroids // PASS
+    size = min(PASS, format.centroids)
+    code, channel = _fragment_index(format.channels, size)
+    passes = format.centroids // size
     heads, groups = entries.shape[:2]
-    split = scaled.view(heads, groups, passes, PASS, format.channels)
+    split = scaled.view(heads, groups, passes, size, format.channels)
     fragments = split[..., code.unsqueeze(3), channel].contiguous().view(torch.uint8)
-    offsets = (BIAS - energy).float().view(heads, groups, passes, PASS)[..., _offset_index()]
+    offsets = (BIAS - energy).float().view(heads, groups, passes, size)
+    offsets = offsets[..., _offset_index(size)]
     parts = (fragments.flatten(3), offsets.contiguous().view(torch.uint8).flatten(3))
     return torch.cat(parts, dim=3).contiguous(), scaling, metric
 
 
 def read_entries(image: Tensor, scaling: Tensor, channels: int) -> Tensor:
     """Undo :func:`build_tables`: float32 ``[kv_heads, groups, centroids, channels]``, unscaled."""
-    heads, groups, passes, _ = image.shape
-    code, channel = _fragment_index(channels)
-    flat = image[..., :FRAGMENT_BYTES].contiguous().view(torch.float16).float()
-    entries = flat.new_empty(heads, groups, passes, PASS, channels)
-    entries[..., code.unsqueeze(3), channel] = flat.view(heads, groups, passes, 8, 32, 4, 2)
+    heads, groups, passes, total = image.shape
+    size = total // ENTRY_BYTES
+    code, channel = _fragment_index(channels, size)
+    flat = image[..., : 16 * size].contiguous().view(torch.float16).float()
+    entries = flat.new_empty(heads, groups, passes, size, channels)
+    entries[..., code.unsqueeze(3), channel] = flat.view(heads, groups, passes, -1, 32, 4, 2)
     return entries.flatten(2, 3) / scaling[:, :, 2, None, None]
 
 
@@ -154,15 +157,16 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return torch.ldexp(torch.ones(exponent.shape, device=exponent.device), exponent)
 
 
-def _fragment_index(channels: int) -> tuple[Tensor, Tensor]:
+def _fragment_index(channels: int, size: int) -> tuple[Tensor, Tensor]:
     """Code and channels in the order of ``[quad of blocks, lane, block, 2]`` fragments."""
-    quad, lane, block = torch.arange(8)[:, None, None], torch.arange(32)[:, None], torch.arange(4)
+    quad, lane = torch.arange(size // 32)[:, None, None], torch.arange(32)[:, None]
+    block = torch.arange(4)
     column = lane // 4
     code = 8 * (4 * quad + block) + 4 * (column % 2) + column // 2
     channel = 2 * (lane % 4 % (channels // 2)) + torch.arange(2)
     return code, channel[None, :, None, :]
 
 
-def _offset_index() -> Tensor:
-    block, lane = torch.arange(32)[:, None, None], torch.arange(4)[:, None]
+def _offset_index(size: int) -> Tensor:
+    block, lane = torch.arange(size // 8)[:, None, None], torch.arange(4)[:, None]
     return 8 * block + 4 * torch.arange(2) + lane
