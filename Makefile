@@ -14,7 +14,7 @@ CQTOOL := $(BIN)/cqtool
 PINS := pyproject.toml tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs clean
+.PHONY: help demo demo-hub test lint docs clean
 
 help:
 	@echo "make demo    install, then take a small real model's KV cache to 1 bit per channel"
@@ -44,15 +44,18 @@ $(VENV)/.dev: $(PINS) | $(BIN)/python
 
 # Safe to repeat: a stopped calibration continues, a finished one is kept and measured again.
 COMPARE := --compare cq-8c8b:uniform,cq-4c8b,int4,int2,fp16
+DEMO_REPO := org/SmolLM2-135M-Instruct-cq-8c8b
 demo: $(VENV)/.demo
 	$(CQTOOL) calibrate demo --recipe demo --out demo/calibration --resume
 	$(CQTOOL) analyze-entropy demo --samples demo/calibration
 	$(CQTOOL) check demo demo/calibration --window 0 --sinks 0 $(COMPARE) > demo/all-quantized.txt
 	$(CQTOOL) check demo demo/calibration $(COMPARE) > demo/quality.txt
-	$(CQTOOL) export demo/calibration --out demo/artifact
+	$(CQTOOL) export demo/calibration --out demo/artifact --repo-id $(DEMO_REPO)
 	$(CQTOOL) inspect demo/artifact
 	$(CQTOOL) generate demo demo/artifact --prompt - --max-new-tokens 48 --compare \
-		< docs/demo-prompt.txt
+		< docs/demo-prompt.txt > demo/answer.txt
+	@cat demo/answer.txt
+	PYTHONPATH=tests $(BIN)/python -m hub $(MAKE) --no-print-directory demo-hub
 	@echo
 	@echo "Every key and value quantized, as in the paper:"
 	@cat demo/all-quantized.txt
@@ -63,6 +66,16 @@ demo: $(VENV)/.demo
 	@echo "artifact: demo/artifact"
 	@echo "plots:    demo/artifact/reports/*.png"
 	@echo "report:   demo/artifact/reports/report.html"
+
+# Runs beside a Hub on this machine (tests/hub), which `demo` starts: what is pulled says the same.
+demo-hub:
+	$(CQTOOL) export demo/calibration --out demo/artifact --push-to-hub --repo-id $(DEMO_REPO)
+	$(CQTOOL) verify $(DEMO_REPO)
+	$(CQTOOL) generate demo $(DEMO_REPO) --prompt - --max-new-tokens 48 \
+		< docs/demo-prompt.txt > demo/pulled.txt
+	test -s demo/pulled.txt
+	head -c $$(wc -c < demo/pulled.txt) demo/answer.txt | cmp - demo/pulled.txt
+	@echo "Pushed, pulled back, and it generates the same text."
 
 # One thread per worker: two workers with two threads each fight for two cores.
 test: $(VENV)/.dev

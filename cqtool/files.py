@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -96,6 +97,19 @@ def atomic_dir(path: Path) -> Iterator[Path]:
                 temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(path: Path, work: Path) -> None:
+    """Remove what :func:`atomic_dir` left beside `path`, and :func:`atomic_file` anywhere below
+    `work`, when their process was killed.
+
+    Nobody else may be writing either of them.
+    """
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
+    # All hidden files, because safetensors writes beside its destination too, as .tmpXXXXXX.
+    for file in work.rglob(".*"):
+        file.unlink(missing_ok=True)
 
 
 def cache_root() -> Path:

@@ -1,8 +1,9 @@
 """manifest.json: the size and SHA-256 of every file of an artifact, and the check against it.
 
 The check fails closed: a file that is missing, changed, or not listed is an error, and so is
-anything in the manifest that is not understood. Only the standard library is needed, because the
-runtime runs it before it opens anything else.
+anything in the manifest that is not understood. What it says of where the files come from
+(``provenance``) is for people, and nothing is decided by it. Only the standard library is needed,
+because the runtime runs it before it opens anything else.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,7 @@ from typing import Any
 
 from cqtool.errors import ArtifactError
 from cqtool.files import sha256_file, write_json
+from cqtool.portable import alike, is_portable
 from cqtool.strictjson import parse_object, read_object
 
 MANIFEST_NAME = "manifest.json"
@@ -26,6 +28,18 @@ MAX_MANIFEST_BYTES = 4 << 20
 
 _REMEDY = "Download or export the artifact again."
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_SIZE = 2**53 - 1
+_PROVENANCE: dict[str, type | tuple[type, ...]] = {
+    "tool_version": str,
+    "tool_commit": (str, type(None)),
+    "versions": dict,
+    "recipe_digest": str,
+    "data_digest": str,
+    "base_model": str,
+    "base_revision": (str, type(None)),
+    "base_fingerprint": str,
+}
+"""Fields of ``provenance``, and the types that they may have."""
 _HUB_METADATA = (".gitattributes", ".cache/huggingface", ".git")
 """What the Hub and its clients add to every repository; no part of an artifact."""
 
@@ -38,11 +52,16 @@ class FileRecord:
     sha256: str
 
 
-def build_manifest(folder: Path) -> dict[str, Any]:
+def build_manifest(folder: Path, provenance: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """List every file below `folder` (``manifest.json`` itself excepted) with size and digest.
 
+    Args:
+        folder: the artifact.
+        provenance: what it was made of, see :func:`cqtool.artifact.provenance.provenance`.
+
     Raises:
-        ArtifactError: something in it is neither a file nor a folder, or leads out of `folder`.
+        ArtifactError: something in it is neither a file nor a folder, leads out of `folder`, or has
+            a name that not every system can hold.
     """
     files = {}
     for name, path in sorted(artifact_files(folder).items()):
@@ -50,12 +69,20 @@ def build_manifest(folder: Path) -> dict[str, Any]:
             raise ArtifactError(f"{folder} holds {name!r}; rename it without special characters.")
         with _explain_unreadable(path):
             files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-    return {"format_version": FORMAT_VERSION, "files": files}
+    if (pair := alike([MANIFEST_NAME, *files])) is not None:
+        raise ArtifactError(
+            f"{folder} holds {_some([*pair])}, which differ in upper and lower case only; rename "
+            "one of them."
+        )
+    value: dict[str, Any] = {"format_version": FORMAT_VERSION}
+    if provenance is not None:
+        value["provenance"] = dict(provenance)
+    return value | {"files": files}
 
 
-def write_manifest(folder: Path) -> None:
-    """Write ``manifest.json`` for what is in `folder` now."""
-    write_json(folder / MANIFEST_NAME, build_manifest(folder))
+def write_manifest(folder: Path, provenance: Mapping[str, Any] | None = None) -> None:
+    """Write ``manifest.json`` for what is in `folder` now, see :func:`build_manifest`."""
+    write_json(folder / MANIFEST_NAME, build_manifest(folder, provenance))
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
@@ -65,13 +92,18 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         ArtifactError: there is none, or it is not a manifest of a version known here.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise ArtifactError(
-            f"{folder} has no {MANIFEST_NAME}, so it is not a complete cqtool artifact; "
-            "make one with `cqtool export`, or download it again."
-        )
-    _resolve_inside(folder, path, MANIFEST_NAME)
-    return _entries(read_object(path, _REMEDY, limit=MAX_MANIFEST_BYTES), str(path))
+    return _entries(_read(folder), str(path))
+
+
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """What the manifest says the artifact was made of, None where it says nothing.
+
+    Raises:
+        ArtifactError: as :func:`read_manifest`.
+    """
+    manifest = _read(folder)
+    _entries(manifest, str(folder / MANIFEST_NAME))
+    return manifest.get("provenance")
 
 
 def parse_manifest(text: bytes, name: str) -> dict[str, FileRecord]:
@@ -135,6 +167,17 @@ def is_hub_metadata(name: str) -> bool:
     return any(name == own or name.startswith(own + "/") for own in _HUB_METADATA)
 
 
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} has no {MANIFEST_NAME}, so it is not a complete cqtool artifact; "
+            "make one with `cqtool export`, or download it again."
+        )
+    _resolve_inside(folder, path, MANIFEST_NAME)
+    return read_object(path, _REMEDY, limit=MAX_MANIFEST_BYTES)
+
+
 def _walk(folder: Path, below: PurePosixPath) -> Iterator[tuple[str, Path]]:
     with _explain_unreadable(folder / below):
         entries = sorted(os.scandir(folder / below), key=lambda entry: entry.name)
@@ -195,12 +238,31 @@ def _entries(manifest: dict[str, Any], name: str) -> dict[str, FileRecord]:
             f"{name} has format version {version!r:.40} and this cqtool reads {FORMAT_VERSION}; "
             "upgrade cqtool (pip install -U cqtool), or use an artifact of this version."
         )
-    if unknown := sorted(manifest.keys() - {"format_version", "files"}):
+    if unknown := sorted(manifest.keys() - {"format_version", "files", "provenance"}):
         raise ArtifactError(f"{name} has unknown fields: {_some(unknown)}. {_REMEDY}")
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         raise ArtifactError(f"{name} lists no files. {_REMEDY}")
-    return {path: _record(path, entry, name) for path, entry in files.items()}
+    if "provenance" in manifest:
+        _check_provenance(manifest["provenance"], name)
+    records = {path: _record(path, entry, name) for path, entry in files.items()}
+    if (pair := alike([MANIFEST_NAME, *files])) is not None:
+        raise ArtifactError(
+            f"{name} lists {_some([*pair])}, which differ in upper and lower case only; do not use "
+            "this artifact, and get it from a source you trust."
+        )
+    return records
+
+
+def _check_provenance(value: Any, name: str) -> None:
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{name}: 'provenance' must be an object. {_REMEDY}")
+    # Fields that are not known here are let pass: a later cqtool may have more to tell.
+    for field, types in _PROVENANCE.items():
+        if field not in value or not isinstance(value[field], types):
+            raise ArtifactError(f"{name} has no proper '{field}' in its provenance. {_REMEDY}")
+    if not all(isinstance(version, str) for version in value["versions"].values()):
+        raise ArtifactError(f"{name} has versions in its provenance that are no texts. {_REMEDY}")
 
 
 def _record(path: str, entry: Any, name: str) -> FileRecord:
@@ -214,21 +276,15 @@ def _record(path: str, entry: Any, name: str) -> FileRecord:
         if isinstance(entry, dict) and entry.keys() == {"size", "sha256"}
         else (None, None)
     )
-    if type(size) is not int or size < 0:
-        raise ArtifactError(f"{name} has no proper size for {path}. {_REMEDY}")
+    if type(size) is not int or not 0 <= size <= _MAX_SIZE:
+        raise ArtifactError(f"{name} has no proper size for {path:.120}. {_REMEDY}")
     if not isinstance(sha256, str) or _SHA256.fullmatch(sha256) is None:
-        raise ArtifactError(f"{name} has no proper SHA-256 for {path}. {_REMEDY}")
+        raise ArtifactError(f"{name} has no proper SHA-256 for {path:.120}. {_REMEDY}")
     return FileRecord(size, sha256)
 
 
 def _is_plain_path(path: str) -> bool:
-    parts = path.split("/")
-    return (
-        all(part not in ("", ".", "..") for part in parts)
-        and not any(char in "\\:" or ord(char) < 32 or ord(char) == 127 for char in path)
-        and path != MANIFEST_NAME
-        and not is_hub_metadata(path)
-    )
+    return is_portable(path) and path != MANIFEST_NAME and not is_hub_metadata(path)
 
 
 def _some(names: list[str]) -> str:

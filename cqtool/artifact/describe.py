@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from cqtool.artifact.measured import QualityReport, read_quality
-from cqtool.errors import ArtifactError, KernelError
-from cqtool.kernels.cubins import INDEX, shipped_compiler, shipped_index
+from cqtool.errors import ArtifactError
+from cqtool.kernels.cubins import INDEX
 from cqtool.layout.codebook_file import check_codebooks
-from cqtool.layout.config import CONFIG_NAME, RUNTIME_NAME, CQConfig, read_config
-from cqtool.manifest import MANIFEST_NAME, artifact_files, verify_folder
+from cqtool.layout.config import CONFIG_NAME, MAX_JSON_BYTES, RUNTIME_NAME, CQConfig, read_config
+from cqtool.layout.fields import Fields
+from cqtool.manifest import MANIFEST_NAME, artifact_files, read_provenance, verify_folder
+from cqtool.strictjson import read_object
 
 STORE_META = "meta.json"
+
+_REMEDY = "Download or export the artifact again."
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -40,14 +44,15 @@ def _describe_codebooks(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     is_artifact = (folder / MANIFEST_NAME).exists()
     problem = None
-    quality = kernels = None
+    quality = kernels = provenance = None
     try:
         if is_artifact:
             verify_folder(folder)
+            provenance = read_provenance(folder)
         check_codebooks(folder, config)
         quality = read_quality(folder)
         kernels = _kernels(folder)
-    except (ArtifactError, KernelError) as error:
+    except ArtifactError as error:
         problem = str(error)
     return {
         "kind": "artifact" if is_artifact else "calibration",
@@ -74,6 +79,7 @@ def _describe_codebooks(folder: Path) -> dict[str, Any]:
         "code_bytes_per_token": config.code_bytes_per_token,
         "verified": is_artifact and problem is None,
         "problem": problem,
+        "provenance": provenance,
         "quality": None if quality is None else _quality(quality, config),
         "kernels": kernels,
     }
@@ -134,16 +140,22 @@ def _kernels(folder: Path) -> dict[str, Any] | None:
     if not runtime.is_dir():
         return None
     variants: dict[str, dict[str, Any]] = {}
-    architectures: list[str] = []
+    architectures: dict[str, None] = {}
     compiler = None
-    if (runtime / INDEX).is_file():
-        index = shipped_index(runtime)
-        compiler = shipped_compiler(runtime)
-        architectures = list(dict.fromkeys(arch for _, arch in index))
-        for (name, arch), entry in index.items():
-            about = {"source": entry["source"], "defines": entry["defines"], "architectures": []}
-            variants.setdefault(name, about)["architectures"].append(arch)
-    return {"architectures": architectures, "variants": variants, "compiler": compiler}
+    path = runtime / INDEX
+    if path.is_file():
+        index = Fields(read_object(path, _REMEDY, limit=MAX_JSON_BYTES), str(path), _REMEDY)
+        compiler = index.optional_string("compiler")
+        for entry in index.children("cubins", empty=True):
+            about = {
+                "source": entry.string("source"),
+                "defines": dict(entry.mapping("defines")),
+                "architectures": [],
+            }
+            arch = entry.string("arch")
+            variants.setdefault(entry.string("name"), about)["architectures"].append(arch)
+            architectures[arch] = None
+    return {"architectures": [*architectures], "variants": variants, "compiler": compiler}
 
 
 def _describe_store(folder: Path) -> dict[str, Any]:

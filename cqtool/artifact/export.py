@@ -1,6 +1,6 @@
 """A calibration folder made into an artifact, complete or not at all.
 
-The same calibration gives the same bytes: nothing of when or where the export ran goes in.
+The same calibration and cqtool give the same bytes: nothing of when or where it ran goes in.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from cqtool.artifact.card_content import CardContent
 from cqtool.artifact.measured import read_quality
 from cqtool.artifact.names import check_repo_id
 from cqtool.artifact.private import hide_local_paths
+from cqtool.artifact.provenance import provenance
 from cqtool.artifact.runtime import DATA_ONLY, RuntimeChoice, build_runtime
 from cqtool.artifact.runtime_kernels import CompiledKernels
 from cqtool.errors import ArtifactError
@@ -111,7 +112,7 @@ def export(
             path = folder / RUNTIME_NAME / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        write_manifest(folder)
+        write_manifest(folder, provenance(folder))
         # What was copied is checked, not what was read before: the calibration may have changed.
         verify_folder(folder)
         check_codebooks(folder, read_config(folder))

@@ -6,10 +6,8 @@ The token is in none of them.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -34,60 +32,6 @@ LOGIN = (
 _TRANSPORT_ERRORS = (HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError)
 _BAD_METADATA = "Invalid metadata in README.md."
 CONFLICTS = frozenset({409, 412})
-_PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
-_PASSING_TRANSPORT = frozenset(
-    {"TimeoutException", "NetworkError", "RemoteProtocolError", "ConnectionError", "TimeoutError"}
-)
-"""Names, not classes, for the same reason: of httpx and httpx2 only one is installed."""
-
-
-class DamagedDownload(HubError):
-    """What arrived does not have the digest that the Hub itself lists for it."""
-
-
-@dataclass(frozen=True)
-class Trouble:
-    """A failure that may pass.
-
-    Attributes:
-        what: the Hub as the subject of a sentence, and what it does.
-        wait: seconds that it asked to wait, None where it did not say.
-        doubtful: it may also be that there is no Hub, so waiting long would be in vain.
-    """
-
-    what: str
-    wait: float | None = None
-    doubtful: bool = False
-
-
-def passing_trouble(error: BaseException) -> Trouble | None:
-    """What kind of passing trouble `error` is, None where trying again would not help."""
-    if isinstance(error, DamagedDownload):
-        return Trouble("The Hub sent a damaged file")
-    if isinstance(error, CqtoolError):
-        return None
-    if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
-        status = error.response.status_code
-        if status not in _PASSING_STATUSES:
-            return None
-        return Trouble(f"The Hub answers {status}", _asked_wait(error))
-    if isinstance(error, json.JSONDecodeError):
-        # A proxy's error page, or an endpoint that is no Hub.
-        return Trouble("The Hub's answer cannot be read", doubtful=True)
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if kinds & _PASSING_TRANSPORT and not isinstance(error, OfflineModeIsEnabled):
-        unconnected = bool(kinds & {"ConnectError", "ConnectTimeout"})
-        return Trouble(f"The Hub does not answer ({type(error).__name__})", doubtful=unconnected)
-    # Uploads run in threads, and downloads begin with a look-up: the client wraps what went wrong.
-    return passing_trouble(error.__cause__) if error.__cause__ is not None else None
-
-
-def _asked_wait(error: HfHubHTTPError) -> float | None:
-    """Seconds from ``Retry-After``, or from the ``RateLimit`` header (``"api";r=0;t=55``)."""
-    headers = error.response.headers
-    found = re.fullmatch(r"\s*(\d{1,6})\s*", headers.get("Retry-After") or "")
-    found = found or re.search(r"\br=0;\s*t=(\d{1,6})\b", headers.get("RateLimit") or "")
-    return float(found[1]) if found else None
 
 
 @contextmanager

@@ -270,7 +270,7 @@ def _row(row: Fields) -> QualityRow:
         bits_per_channel=row.number("bits_per_channel"),
         effective_bits=row.number("effective_bits"),
         cache_bytes_per_token=row.number("cache_bytes_per_token"),
-        cache_bytes_per_token_full=row.number("cache_bytes_per_token_full"),
+        cache_bytes_per_token_full=row.number("cache_bytes_per_token_full", above=0),
         perplexity=row.number("perplexity"),
         perplexity_se=row.optional_number("perplexity_se"),
         perplexity_increase=row.number("perplexity_increase"),

@@ -23,11 +23,11 @@ from cqtool.artifact.plan import (
     refuse_foreign_files,
 )
 from cqtool.artifact.remote import Head, LocalFile, RemoteRepo, hub_api, quiet_client
-from cqtool.artifact.retry import Retry
 from cqtool.errors import HubError
 from cqtool.layout.config import CQConfig, read_config
 from cqtool.manifest import verify_folder
 from cqtool.progress import SILENT, Progress
+from cqtool.retry import Retry
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import logging as client_logging
 
 from cqtool import __version__
-from cqtool.artifact.hub_errors import LOGIN, DamagedDownload
-from cqtool.artifact.retry import Retry
+from cqtool.artifact.hub_errors import LOGIN
 from cqtool.errors import HubError
 from cqtool.files import sha256_file
 from cqtool.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, is_hub_metadata
 from cqtool.progress import SILENT, Progress
+from cqtool.retry import DamagedDownload, Retry
 
 T = TypeVar("T")
 

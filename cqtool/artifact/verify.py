@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +14,11 @@ from cqtool.artifact.describe import describe
 from cqtool.artifact.hub_errors import explain_hub_errors
 from cqtool.artifact.names import is_hub_id
 from cqtool.artifact.remote import RemoteFile, RemoteRepo, hub_api, quiet_client
-from cqtool.artifact.retry import Retry
 from cqtool.errors import ArtifactError, EnvironmentProblem, HubError
 from cqtool.files import sha256_file
 from cqtool.manifest import MANIFEST_NAME, FileRecord, parse_manifest, read_manifest
 from cqtool.progress import SILENT, Progress
+from cqtool.retry import Retry
 
 _DOWNLOADS = 8
 
@@ -52,10 +54,27 @@ def verify(
     retry: Retry | None = None,
     progress: Progress = SILENT,
 ) -> Verified:
-    """Check the artifact in a folder or a repository.
+    """Check the artifact in a folder or a repository, as :func:`whole_artifact` does."""
+    with whole_artifact(place, revision=revision, token=token, retry=retry, progress=progress) as (
+        _,
+        found,
+    ):
+        return found
+
+
+@contextmanager
+def whole_artifact(
+    place: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    retry: Retry | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[tuple[Path, Verified]]:
+    """Check the artifact in a folder or a repository, and yield the folder that it lies in.
 
     Of a repository everything is downloaded anew, to a temporary folder: what the Hub sends now is
-    checked, and not what a cache on this machine holds.
+    checked, and not what a cache on this machine holds. That folder is gone afterwards.
 
     Args:
         place: a folder, or ``ORG/NAME``.
@@ -79,21 +98,24 @@ def verify(
             )
         if revision is not None:
             raise ArtifactError(f"{place} is no repository of the Hub: drop --revision.")
-        return _check(folder, place, None)
-    with explain_hub_errors(place), quiet_client():
-        retry = retry or Retry()
-        api = retry.call(lambda: hub_api(token, required=False), progress)
-        remote = RemoteRepo(api, place, retry, progress)
-        head = remote.head(revision)
-        if head is None:
-            raise HubError(
-                f"There is no folder {place} here, and the Hub does not show a repository of that "
-                "name; check the name, and log in with `hf auth login` if it is private."
-            )
-        return _verify_remote(remote, head.commit)
+        yield folder, _check(folder, place, None)
+        return
+    with tempfile.TemporaryDirectory(prefix="cqtool-") as temporary:
+        with explain_hub_errors(place), quiet_client():
+            retry = retry or Retry()
+            api = retry.call(lambda: hub_api(token, required=False), progress)
+            remote = RemoteRepo(api, place, retry, progress)
+            head = remote.head(revision)
+            if head is None:
+                raise HubError(
+                    f"There is no folder {place} here, and the Hub does not show a repository of "
+                    "that name; check the name, and log in with `hf auth login` if it is private."
+                )
+            found = _verify_remote(remote, head.commit, Path(temporary))
+        yield found
 
 
-def _verify_remote(remote: RemoteRepo, commit: str) -> Verified:
+def _verify_remote(remote: RemoteRepo, commit: str, temporary: Path) -> tuple[Path, Verified]:
     name = f"{remote.repo_id} at {commit}"
     listed = remote.files(commit)
     if MANIFEST_NAME not in listed:
@@ -104,13 +126,12 @@ def _verify_remote(remote: RemoteRepo, commit: str) -> Verified:
     text = remote.manifest(commit, listed[MANIFEST_NAME])
     _compare(name, listed, parse_manifest(text, f"{MANIFEST_NAME} of {name}"))
     remote.progress.note(f"Downloading {len(listed)} files of {name}")
-    with tempfile.TemporaryDirectory(prefix="cqtool-") as temporary:
-        folder = _download(remote, commit, listed, Path(temporary))
-        try:
-            return _check(folder, remote.repo_id, commit)
-        except ArtifactError as error:
-            # The temporary folder means nothing to anybody.
-            raise ArtifactError(str(error).replace(str(folder), name)) from None
+    folder = _download(remote, commit, listed, temporary)
+    try:
+        return folder, _check(folder, remote.repo_id, commit)
+    except ArtifactError as error:
+        # The temporary folder means nothing to anybody.
+        raise ArtifactError(str(error).replace(str(folder), name)) from None
 
 
 def _download(

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from cqtool.cache.codec import CQCodec
 from cqtool.cache.format import CacheFormat, LayerCodecs
+from cqtool.cache.pull import pull
 from cqtool.cache.shipped import trust_shipped_kernels
-from cqtool.errors import ArtifactError, HubError
+from cqtool.errors import ArtifactError
 from cqtool.layout.codebook_file import check_codebooks
 from cqtool.layout.config import (
     CODEBOOKS_NAME,
@@ -43,7 +44,7 @@ def load_format(
     if difference is not None and not allow_other_base:
         raise ArtifactError(
             f"{path} was made for {config.base_model.id}, not for this model ({difference}); load "
-            "that base model. For a fine-tune of it, CQCache.from_pretrained takes "
+            "that base model. For a fine-tune of it, give --allow-other-base, or in Python "
             "allow_other_base=True."
         )
     geometry = read_geometry(model)
@@ -69,7 +70,8 @@ def resolve(path: str | PathLike[str], revision: str | None) -> Path:
 
     Raises:
         ArtifactError: no such folder, or its files do not match its manifest.
-        HubError: the repository cannot be reached.
+        HubError: the repository cannot be fetched.
+        EnvironmentProblem: the Hub client's cache cannot be written.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -79,29 +81,10 @@ def resolve(path: str | PathLike[str], revision: str | None) -> Path:
                 f"{path} is not a folder; give a folder that cqtool wrote, or a repository id "
                 "such as org/name."
             )
-        folder = _download(text, revision)
+        return pull(text, revision)
     if (folder / MANIFEST_NAME).exists():
         verify_folder(folder)
     return folder
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, revision=revision))
-    except HFValidationError as error:
-        raise ArtifactError(
-            f"{repo} is neither a folder nor a repository id; give a folder that cqtool wrote, or "
-            "an id such as org/name."
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise HubError(
-            f"There is no folder {repo} here, and it cannot be fetched from the Hub "
-            f"({type(error).__name__}); check the name, the revision, the network, and for private "
-            "repositories `hf auth login`."
-        ) from error
 
 
 def _load_codecs(folder: Path, config: CQConfig) -> tuple[LayerCodecs, ...]:

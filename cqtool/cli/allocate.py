@@ -99,7 +99,7 @@ def allocate(
     base = recipe_of(calibration).model_dump(mode="json") | fields
     base |= {
         "name": f"cq-{spent:.3g}b-mixed",
-        "description": f"{spent:.3g} bits a channel, by layer.",
+        "description": f"{spent:.3g} {'bit' if spent == 1 else 'bits'} per channel, by layer.",
     }
     recipe = recipe_from(base, {}, origin="the new recipe").model_dump(mode="json")
     before, after = sum(costs.values()), by_layer.modelled_kl(costs, rates, chosen)

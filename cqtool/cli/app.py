@@ -25,6 +25,7 @@ from cqtool.cli import (
     export,
     generate,
     inspect,
+    release,
     tune,
     verify,
 )
@@ -101,6 +102,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "verify": (verify.verify, verify.EXAMPLES),
     "generate": (generate.generate, generate.EXAMPLES),
     "bench": (bench.bench, bench.EXAMPLES),
+    "release": (release.release, release.EXAMPLES),
     "doctor": (doctor.doctor, doctor.EXAMPLES),
 }
 for _name, (_function, _examples) in _COMMANDS.items():

@@ -141,7 +141,10 @@ def calibrate(
         progress=sink.progress(),
     )
     if finished and resume:
+        from cqtool.codebooks.calibrate import discard_work
+
         _refuse_other_settings(out, opened, chosen)
+        discard_work(out)
         sink.note(f"The calibration in {out} is complete; nothing to do.")
     else:
         from cqtool.codebooks.calibrate import calibrate as fit

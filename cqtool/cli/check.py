@@ -161,6 +161,7 @@ def check(
         ),
     ] = None,
     samples: options.SamplesOption = None,
+    allow_other_base: options.AllowOtherBaseFlag = False,
     device: options.DeviceOption = "auto",
     dtype: options.DtypeOption = "auto",
     revision: options.RevisionOption = None,
@@ -212,6 +213,7 @@ def check(
         tasks=_names(tasks),
         task_folder=task_folder,
         items=items,
+        allow_other_base=allow_other_base,
     )
     opened = open_model(
         model,
@@ -227,7 +229,9 @@ def check(
         raise KeyboardInterrupt(
             "What is finished stays; run the same command again to continue."
         ) from None
-    files, report = _draw(calibration, measured), measured.to_json()
+    from cqtool.report.files import draw_quality
+
+    files, report = draw_quality(calibration, measured), measured.to_json()
     sink.result(report | {"files": files})
     _print_tables(sink, measured, report, context)
     for path in files.values():
@@ -274,26 +278,6 @@ def _print_tables(
 def _names(values: list[str] | None) -> tuple[str, ...]:
     """What a repeated option with commas names."""
     return tuple(name for value in values or () for name in value.split(",") if name)
-
-
-def _draw(calibration: Path, report: quality.QualityReport) -> dict[str, str]:
-    """Draw the plot and write the HTML report anew; where everything is."""
-    from cqtool.quality import report_path
-    from cqtool.report.html import write_report
-    from cqtool.report.pareto import PARETO_ROWS, pareto_path, plot_pareto
-    from cqtool.report.quality_plots import plot_quality
-
-    path = report_path(calibration, report)
-    if path is None:
-        return {}
-    plot, pareto, content = path.with_suffix(".png"), pareto_path(path), report.to_json()
-    plot_quality(content, plot)
-    # That of an earlier check with more formats would stand beside figures of this one.
-    pareto.unlink(missing_ok=True)
-    if len(report.rows) >= PARETO_ROWS:
-        plot_pareto(content, pareto)
-    files = [path, plot, pareto, write_report(calibration)]
-    return {file.name: str(file) for file in files if file.exists()}
 
 
 def _print_gates(sink: Output, gates: list[dict[str, Any]]) -> bool:

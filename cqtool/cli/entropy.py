@@ -13,7 +13,7 @@ import typer
 from cqtool.cli import options
 from cqtool.cli.output import Output
 from cqtool.errors import RecipeError, SampleError
-from cqtool.files import atomic_dir, explain_os_errors, write_json
+from cqtool.files import atomic_dir, explain_os_errors
 
 if TYPE_CHECKING:
     from cqtool.entropy import EntropyReport
@@ -130,7 +130,9 @@ def analyze_entropy(
             max_groups=max_groups,
             progress=sink.progress(),
         )
-    files = _write(report, folder)
+    from cqtool.report.files import write_entropy
+
+    files = write_entropy(report, folder)
     if calibration is not None and folder == calibration / "reports":
         from cqtool.report.html import write_report
 
@@ -199,17 +201,6 @@ def _sample(
     windows = calibration_windows(opened, text)
     geometry = read_geometry(opened.model)
     return collect(opened, geometry, windows, path, gradients=False, progress=sink.progress())
-
-
-def _write(report: EntropyReport, folder: Path) -> dict[str, Path]:
-    from cqtool.report.plots import plot_correlation, plot_entropy
-
-    value = report.to_json()
-    files = {name: folder / name for name in ("entropy.json", "entropy.png", "correlation.png")}
-    write_json(files["entropy.json"], value)
-    plot_entropy(value, files["entropy.png"])
-    plot_correlation(value, files["correlation.png"])
-    return files
 
 
 def _print(sink: Output, report: EntropyReport, files: dict[str, Path], *, per_layer: bool) -> None:

@@ -28,15 +28,7 @@ def export(
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Artifact folder to write.")
     ] = Path("artifact"),
-    kernels: Annotated[
-        bool | None,
-        typer.Option(
-            "--kernels/--no-kernels",
-            help="Ship the runtime with compiled CUDA kernels, or an artifact without any code. By "
-            "default kernels are compiled where NVRTC is installed; no GPU is needed.",
-            show_default=False,
-        ),
-    ] = None,
+    kernels: options.KernelsOption = None,
     arch: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,15 +52,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-    private: Annotated[
-        bool | None,
-        typer.Option(
-            "--private/--public",
-            help="Visibility of a repository that is created, by default what its owner has set. "
-            "One that exists must have it already.",
-            show_default=False,
-        ),
-    ] = None,
+    private: options.PrivateOption = None,
     branch: Annotated[
         str | None,
         typer.Option(
@@ -84,23 +68,9 @@ def export(
             "--commit-message", metavar="TEXT", help="First line of the commit.", show_default=False
         ),
     ] = None,
-    create_pr: Annotated[
-        bool,
-        typer.Option("--create-pr", help="Propose the commit as a pull request instead."),
-    ] = False,
-    tag: Annotated[
-        str | None,
-        typer.Option(
-            "--tag",
-            metavar="NAME",
-            help="Name to give the commit once it is verified; a name that is taken is not moved.",
-            show_default=False,
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace also files that cqtool did not write."),
-    ] = False,
+    create_pr: options.CreatePrFlag = False,
+    tag: options.TagOption = None,
+    overwrite: options.OverwriteFlag = False,
     dry_run: Annotated[
         bool,
         typer.Option(

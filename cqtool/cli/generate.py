@@ -60,6 +60,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    allow_other_base: options.AllowOtherBaseFlag = False,
     device: options.DeviceOption = "auto",
     dtype: options.DtypeOption = "auto",
     revision: options.RevisionOption = None,
@@ -89,7 +90,12 @@ def generate(
         trust_remote_code=trust_remote_code,
         progress=sink.progress(),
     )
-    cache = CQCache.from_pretrained(artifact, opened.model, revision=artifact_revision)
+    cache = CQCache.from_pretrained(
+        artifact,
+        opened.model,
+        revision=artifact_revision,
+        allow_other_base=allow_other_base,
+    )
     inputs = _encode(opened, text, chat)
     sampling = _Sampling(max_new_tokens, temperature, seed)
     answer = _generate(sink, opened, inputs, cache, sampling)

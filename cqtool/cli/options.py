@@ -78,6 +78,13 @@ TrustRemoteCodeFlag = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with the model."),
 ]
+AllowOtherBaseFlag = Annotated[
+    bool,
+    typer.Option(
+        "--allow-other-base",
+        help="Accept a model whose weights differ from the base model's: a fine-tune of it.",
+    ),
+]
 
 DatasetOption = Annotated[
     str | None,
@@ -160,4 +167,38 @@ ResumeFlag = Annotated[
 ]
 ForceFlag = Annotated[
     bool, typer.Option("--force", help="Replace the calibration that stands at --out.")
+]
+
+PrivateOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--private/--public",
+        help="Visibility of a repository that is created, by default what its owner has set. One "
+        "that exists must have it already.",
+        show_default=False,
+    ),
+]
+CreatePrFlag = Annotated[
+    bool, typer.Option("--create-pr", help="Propose the commit as a pull request instead.")
+]
+TagOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tag",
+        metavar="NAME",
+        help="Name to give the commit once it is verified; a name that is taken is not moved.",
+        show_default=False,
+    ),
+]
+OverwriteFlag = Annotated[
+    bool, typer.Option("--overwrite", help="Replace also files that cqtool did not write.")
+]
+KernelsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--kernels/--no-kernels",
+        help="Ship the runtime with compiled CUDA kernels, or an artifact without any code. By "
+        "default kernels are compiled where NVRTC is installed; no GPU is needed.",
+        show_default=False,
+    ),
 ]

@@ -35,7 +35,7 @@ from cqtool.codebooks.groups_file import read_groups
 from cqtool.codebooks.kmeans import Engine
 from cqtool.data.windows import TokenWindows
 from cqtool.errors import ArtifactError
-from cqtool.files import atomic_dir, digest_json, write_json
+from cqtool.files import atomic_dir, digest_json, remove_leftovers, write_json
 from cqtool.geometry import ModelGeometry
 from cqtool.layout.config import (
     CALIBRATION_NAME,
@@ -120,6 +120,8 @@ def calibrate(
                     "--resume, or start over with --force."
                 )
             shutil.rmtree(partial)
+        # Of a run that was killed; in the samples they would become a part of the calibration.
+        remove_leftovers(out, partial)
         with _timed(timings, "text"):
             windows = calibration_windows(opened, text)
         with _timed(timings, "sampling"):
@@ -150,6 +152,17 @@ def calibrate(
 def partial_folder(out: Path) -> Path:
     """Where the work for `out` goes on until it is complete."""
     return out.with_name(f"{out.name}.partial")
+
+
+def discard_work(out: Path) -> None:
+    """Remove the work for a calibration that is complete: of a run killed just after that.
+
+    Raises:
+        ArtifactError: another process writes to `out`.
+    """
+    with exclusive(out):
+        remove_leftovers(out, partial_folder(out))
+        shutil.rmtree(partial_folder(out), ignore_errors=True)
 
 
 def fit_codebooks(

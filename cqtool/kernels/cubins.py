@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cqtool.errors import EnvironmentProblem, KernelError
+from cqtool.errors import ArtifactError, EnvironmentProblem, KernelError
 from cqtool.files import atomic_file, cache_root
 from cqtool.kernels.build import compile_variant
 from cqtool.kernels.variants import (
@@ -26,9 +26,11 @@ from cqtool.kernels.variants import (
     compatible_architectures,
     read_sources,
 )
+from cqtool.strictjson import read_object
 
 INDEX = "index.json"
 _FORMAT = 1
+_MAX_INDEX_BYTES = 16 << 20
 _MAGIC = b"cqtool-cubin-sha256:"
 _TRAILER = len(_MAGIC) + 64
 
@@ -122,26 +124,18 @@ def shipped_index(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(entry["name"], entry["arch"]): entry for entry in _read_index(folder)["cubins"]}
 
 
-def shipped_compiler(folder: Path) -> str | None:
-    """What compiled a folder's cubins, as :func:`shipped_files` was told.
-
-    Raises:
-        KernelError: as :func:`shipped_index`.
-    """
-    compiler = _read_index(folder).get("compiler")
-    return compiler if isinstance(compiler, str) else None
-
-
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_object(folder / INDEX, "", limit=_MAX_INDEX_BYTES)
         if index["format"] != _FORMAT:
-            raise ValueError(f"format {index['format']}")
+            raise ValueError(f"format {index['format']!r:.40}")
         for entry in index["cubins"]:
             missing = {"name", "arch", "source", "defines", "source_digest", "sha256"} - {*entry}
             if missing:
                 raise ValueError(f"no {min(missing)}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            if not isinstance(entry["name"], str) or not isinstance(entry["arch"], str):
+                raise ValueError("a name that is no text")
+    except (ArtifactError, ValueError, KeyError, TypeError) as error:
         raise KernelError(
             f"The compiled kernels in {folder} have no readable {INDEX} ({error}); download or "
             "export the artifact again."

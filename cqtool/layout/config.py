@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 from cqtool.errors import ArtifactError, RecipeError
 from cqtool.geometry import KeyRotation, LayerGeometry, ModelGeometry, Style
-from cqtool.layout.fields import Fields
+from cqtool.layout.fields import Fields, is_number
 from cqtool.spec import (
     GAIN_BITS,
     KINDS,
@@ -25,6 +25,7 @@ from cqtool.spec import (
     Grouping,
     Kind,
     LayerCodes,
+    Objective,
     Sharing,
 )
 from cqtool.strictjson import read_object
@@ -38,6 +39,8 @@ RUNTIME_NAME = "build/torch-cuda"
 
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = 16 << 20
+MAX_LAYERS = 4096
+"""Far more than any model has; what is worked out for each layer stays quick for a hostile file."""
 
 EXTRAS = ("metric", "feedback", "gains")
 """What a codebook may have beside it, as the encoding and the gain of its format say; the names of
@@ -215,14 +218,16 @@ def read_config(folder: Path) -> CQConfig:
             id=base.string("id"),
             revision=base.optional_string("revision"),
             license=base.optional_string("license"),
-            fingerprint=base.mapping("fingerprint"),
+            fingerprint=_fingerprint(base.child("fingerprint")),
         ),
         cache=_cache_spec(root.child("cache")),
         geometry=ModelGeometry(
             query_heads=geometry.integer("query_heads", minimum=1),
-            layers=tuple(_layer_geometry(layer) for layer in geometry.children("layers")),
+            layers=tuple(
+                _layer_geometry(layer) for layer in geometry.children("layers", most=MAX_LAYERS)
+            ),
         ),
-        objective=root.string("objective"),
+        objective=root.choice("objective", get_args(Objective)),
         recipe=root.mapping("recipe"),
         calibration=CalibrationData(
             dataset=data.mapping("dataset"),
@@ -236,6 +241,15 @@ def read_config(folder: Path) -> CQConfig:
     )
     _check_groups(config, path)
     return config
+
+
+def _fingerprint(fields: Fields) -> Mapping[str, Any]:
+    fields.string("model_type")
+    fields.string("shapes_sha256")
+    probe = fields.values.get("probe")
+    if not isinstance(probe, list) or not probe or not all(map(is_number, probe)):
+        raise ArtifactError(f"{fields.name}: 'probe' must be a list of numbers. {fields.remedy}")
+    return fields.values
 
 
 def _layer_geometry(fields: Fields) -> LayerGeometry:
@@ -277,7 +291,7 @@ def _layer_codes(fields: Fields) -> tuple[LayerCodes, ...]:
             layer.integer("last", minimum=0),
             *(_code(layer.child(kind)) for kind in KINDS),
         )
-        for layer in fields.children("layers")
+        for layer in fields.children("layers", most=MAX_LAYERS)
     )
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cqtool.errors import ArtifactError
+
+MAX_INTEGER = 2**53 - 1
+"""The largest whole number that every reader of JSON can hold (RFC 8259, section 6)."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,11 @@ class Fields:
     remedy: str
 
     def string(self, key: str) -> str:
-        """A text that is not empty."""
+        """A text that is not empty and, because terminals show it, has no control characters but
+        ends of lines and tabs."""
         value = self._get(key)
-        if not isinstance(value, str) or not value:
-            raise self._error(key, "a text")
+        if not isinstance(value, str) or not value or _CONTROL.search(value):
+            raise self._error(key, "a text without control characters")
         return value
 
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:
@@ -45,22 +52,23 @@ class Fields:
         return None if self._get(key) is None else self.string(key)
 
     def integer(self, key: str, *, minimum: int | None = None) -> int:
-        """A whole number, at least `minimum`."""
+        """A whole number, at least `minimum` and of at most 53 bits."""
         value = self._get(key)
-        if type(value) is not int or (minimum is not None and value < minimum):
-            least = "" if minimum is None else f" of at least {minimum}"
-            raise self._error(key, f"a whole number{least}")
+        least = -MAX_INTEGER if minimum is None else minimum
+        if type(value) is not int or not least <= value <= MAX_INTEGER:
+            at_least = "" if minimum is None else f" of at least {minimum}"
+            raise self._error(key, f"a whole number{at_least}")
         return value
 
     def optional_integer(self, key: str, *, minimum: int | None = None) -> int | None:
         """A whole number, or None where the field is null."""
         return None if self._get(key) is None else self.integer(key, minimum=minimum)
 
-    def number(self, key: str) -> float:
-        """A finite number."""
+    def number(self, key: str, *, above: float | None = None) -> float:
+        """A finite number, larger than `above`."""
         value = self._get(key)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self._error(key, "a number")
+        if not is_number(value) or (above is not None and value <= above):
+            raise self._error(key, "a number" if above is None else f"a number above {above:g}")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
@@ -85,15 +93,20 @@ class Fields:
         """An object, to be read field by field."""
         return Fields(self.mapping(key), f"{self.name}: {key}", self.remedy)
 
-    def children(self, key: str, *, empty: bool = False) -> tuple[Fields, ...]:
-        """A list of objects, of at least one unless it may be `empty`."""
+    def children(
+        self, key: str, *, empty: bool = False, most: int | None = None
+    ) -> Iterator[Fields]:
+        """A list of objects, of at least one unless it may be `empty`, and of at most `most`."""
         value = self._get(key)
         if not isinstance(value, list) or not (value or empty):
             raise self._error(key, "a list that is not empty")
+        if most is not None and len(value) > most:
+            raise self._error(key, f"a list of at most {most}")
         for item in value:
             if not isinstance(item, dict):
                 raise self._error(key, "a list of objects")
-        return tuple(
+        # One after the other: millions of them would take gigabytes before the first is refused.
+        return (
             Fields(item, f"{self.name}: {key}[{index}]", self.remedy)
             for index, item in enumerate(value)
         )
@@ -105,3 +118,11 @@ class Fields:
 
     def _error(self, key: str, wanted: str) -> ArtifactError:
         return ArtifactError(f"{self.name}: '{key}' must be {wanted}. {self.remedy}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float can hold."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False

@@ -20,6 +20,7 @@ from cqtool.codebooks.fit import check_enough_samples, check_fits_geometry
 from cqtool.errors import ArtifactError, CqtoolError, RecipeError, SampleError
 from cqtool.files import digest_json, sha256_file
 from cqtool.layout.config import CODEBOOKS_NAME, CONFIG_NAME, read_config
+from cqtool.manifest import MANIFEST_NAME
 from cqtool.models.fingerprint import compare_fingerprints, fingerprint
 from cqtool.models.load import OpenedModel
 from cqtool.progress import Progress
@@ -100,7 +101,13 @@ class Candidates:
         self._opened, self._calibration = opened, calibration
         self._settings, self._progress = settings, progress
         self.recipe = recipe_of(calibration)
-        checked = load_format(calibration, opened.model)
+        if settings.allow_other_base and not (calibration / MANIFEST_NAME).exists():
+            raise ArtifactError(
+                "What is measured on another model than the base must not stand among a "
+                f"calibration's own figures; run `cqtool export {calibration}` and check the "
+                "artifact with --allow-other-base."
+            )
+        checked = self._load(calibration)
         self._geometry = checked.geometry
         self._device = opened.model.device.type
         self.window = checked.window if settings.window is None else settings.window
@@ -170,7 +177,7 @@ class Candidates:
         return Candidate(name, None, fitted, make, origin)
 
     def _of_folder(self, folder: Path) -> Candidate:
-        name, objective = load_format(folder, self._opened.model).name, recipe_of(folder).objective
+        name, objective = self._load(folder).name, recipe_of(folder).objective
         label = f"{name} {_method(folder)} ({folder.name})"
         return Candidate(label, objective, True, partial(self._loaded, folder), _files(folder))
 
@@ -220,7 +227,12 @@ class Candidates:
         return recipe_from(value, {}, origin=f"--compare {code}:{objective}")
 
     def _loaded(self, folder: Path) -> CacheFormat:
-        return self._finished(load_format(folder, self._opened.model))
+        return self._finished(self._load(folder))
+
+    def _load(self, folder: Path) -> CacheFormat:
+        return load_format(
+            folder, self._opened.model, allow_other_base=self._settings.allow_other_base
+        )
 
     def _of_scheme(self, name: str, made: tuple[LayerCodecs, ...]) -> CacheFormat:
         given = self._geometry, 0, self.sinks, self._store, self._device, made

@@ -36,6 +36,7 @@ class CheckSettings:
         tasks: tasks of lm-evaluation-harness, see :mod:`cqtool.quality.harness`.
         task_folder: a folder with more of them, as YAML files.
         items: how many of each task; None is 20 of the built-in ones and all of the others.
+        allow_other_base: measure an artifact on a fine-tune of its base model.
     """
 
     dataset: str = "auto"
@@ -58,3 +59,4 @@ class CheckSettings:
     tasks: tuple[str, ...] = ()
     task_folder: Path | None = None
     items: int | None = None
+    allow_other_base: bool = False

@@ -16,7 +16,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     from huggingface_hub.utils import _http
 
     waited: list[float] = []
-    monkeypatch.setattr("cqtool.artifact.retry.sleep", waited.append)
+    monkeypatch.setattr("cqtool.retry.sleep", waited.append)
     # The client waits by itself between its own tries.
     for module in (_http, file_download):
         never = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})

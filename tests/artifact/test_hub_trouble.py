@@ -8,9 +8,8 @@ import pytest
 from hub.faults import KINDS, Schedule
 from huggingface_hub.errors import HfHubHTTPError
 
-from cqtool.artifact.hub_errors import DamagedDownload, passing_trouble
-from cqtool.artifact.retry import Retry
 from cqtool.errors import ArtifactError
+from cqtool.retry import DamagedDownload, Retry, passing_trouble
 
 http = pytest.importorskip(HfHubHTTPError.__bases__[0].__module__.split(".")[0])
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -193,48 +189,6 @@ def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
         *("--dataset", str(text), "--sequences", "6", "--sequence-length", "64"),
         *("--iterations", "20", "--device", "cpu", "--quiet", *more),
     ]
-
-
-def test_kill_9_at_random_moments_and_resume_gives_the_same_bytes(
-    tiny_model_dir, tiny_text_file, tmp_path
-):
-    def run(out, *more, kill_after=None):
-        process = subprocess.Popen(
-            command(tiny_model_dir, tiny_text_file, out, *more),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        if kill_after is not None:
-            kill_after(process, out)
-            if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
-        _, errors = process.communicate(timeout=300)
-        return process.returncode, errors.decode()
-
-    assert run(tmp_path / "whole") == (0, "")
-    reference = (tmp_path / "whole" / "codebooks.safetensors").read_bytes()
-    rng = random.Random(0)
-    for attempt in range(5):
-        out = tmp_path / f"cut-{attempt}"
-        files = rng.randint(1, 13)
-
-        def wait(process, out, files=files):
-            """Until so many files of the work in progress exist, then a little longer."""
-            deadline = time.monotonic() + 120
-            while process.poll() is None and time.monotonic() < deadline:
-                if len(list(partial_folder(out).rglob("*.safetensors"))) >= files:
-                    break
-                time.sleep(0.001)
-            time.sleep(rng.random() * 0.05)
-
-        code, _ = run(out, kill_after=wait)
-        assert code == -signal.SIGKILL
-        # Killed a moment after the last rename, it is all there; before that, nothing is.
-        if out.exists():
-            assert (out / "codebooks.safetensors").read_bytes() == reference
-        assert run(out, "--resume") == (0, "")
-        assert (out / "codebooks.safetensors").read_bytes() == reference
-        assert sorted(p.name for p in tmp_path.iterdir() if "partial" in p.name) == []
 
 
 def test_two_at_once_into_one_folder(tiny_model_dir, tiny_text_file, tmp_path):

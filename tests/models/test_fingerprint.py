@@ -94,6 +94,33 @@ def test_tied_embeddings_and_a_model_without_vectors() -> None:
     assert len(fingerprint(tied)["probe"]) == 64
 
 
+def index_digest(model: LlamaForCausalLM) -> str:
+    """What the index of a sharded checkpoint says of its weights: their names, and their bytes."""
+    weights = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    return json.dumps(weights, sort_keys=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 5}, {"vocab_size": 321}, {"hidden_size": 72},
+        {"attention_bias": True}, {"intermediate_size": 97}, {"num_key_value_heads": 2},
+        {"mlp_bias": True}, {"head_dim": 8},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_whatever_an_index_of_weights_would_tell_is_noticed(changes: dict[str, int]) -> None:
+    base, other = tiny(), tiny(**changes)
+    assert index_digest(base) != index_digest(other)
+    said = compare_fingerprints(fingerprint(base), fingerprint(other))
+    assert "names or shapes" in str(said)
+
+
+def test_an_index_of_weights_would_not_tell_other_weights() -> None:
+    assert index_digest(tiny(0)) == index_digest(tiny(1))
+    assert compare_fingerprints(fingerprint(tiny(0)), fingerprint(tiny(1))) is not None
+
+
 def test_damaged_probe_never_matches() -> None:
     expected = fingerprint(tiny())
     assert compare_fingerprints(expected | {"probe": []}, expected) is not None

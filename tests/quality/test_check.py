@@ -167,6 +167,26 @@ def test_another_model_is_refused_in_one_sentence(folder, tiny_model_dir):
         CQCache.from_pretrained(folder, wrong, allow_other_base=True)
 
 
+def test_a_fine_tune_is_measured_on_an_artifact_and_leaves_no_figures_in_it(
+    folder, tiny_model_dir, tiny_text_file, tmp_path
+):
+    other = open_model(str(tiny_model_dir), device="cpu")
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.mul_(1.1)
+    asked = settings(tiny_text_file, allow_other_base=True)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ArtifactError, match=r"run `cqtool export .* and check the artifact with"):
+        check(other, folder, asked)
+    artifact = export(folder, tmp_path / "artifact").folder
+    with pytest.raises(ArtifactError, match="give --allow-other-base"):
+        check(other, artifact, settings(tiny_text_file))
+    report = check(other, artifact, asked)
+    assert report.rows[1].kl > 0
+    verify_folder(artifact)
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_a_path_that_is_no_artifact_is_refused(opened, tmp_path):
     for path, words in (
         (tmp_path, "cq_config.json"),

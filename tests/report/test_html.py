@@ -93,7 +93,12 @@ def make_folder(folder: Path, model: str = "org/model") -> Path:
     config = {
         "format_version": 1,
         "tool": {"name": "cqtool", "version": "0.1.0"},
-        "base_model": {"id": model, "revision": None, "license": None, "fingerprint": {}},
+        "base_model": {
+            "id": model,
+            "revision": None,
+            "license": None,
+            "fingerprint": {"model_type": "llama", "shapes_sha256": "00", "probe": [0.5]},
+        },
         "cache": {"key": code, "value": code, "window": 128, "sinks": 4},
         "geometry": {"query_heads": 9, "layers": [layer]},
         "objective": "fisher",
