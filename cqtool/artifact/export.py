@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cqtool.artifact.card import render_card
 from cqtool.artifact.card_content import CardContent
@@ -18,7 +19,7 @@ from cqtool.artifact.provenance import provenance
 from cqtool.artifact.runtime import DATA_ONLY, RuntimeChoice, build_runtime
 from cqtool.artifact.runtime_kernels import CompiledKernels
 from cqtool.errors import ArtifactError
-from cqtool.files import atomic_dir
+from cqtool.files import atomic_dir, write_json
 from cqtool.layout.codebook_file import check_codebooks, read_channels
 from cqtool.layout.config import (
     CALIBRATION_NAME,
@@ -91,7 +92,7 @@ def export(
     if (calibration / MANIFEST_NAME).exists():
         verify_folder(calibration)
     codebook_bytes = check_codebooks(calibration, config)
-    read_object(calibration / CALIBRATION_NAME, REMEDY, limit=MAX_JSON_BYTES)
+    record = read_object(calibration / CALIBRATION_NAME, REMEDY, limit=MAX_JSON_BYTES)
     quality = read_quality(calibration)
     reports = _report_files(calibration)
     _check_destination(calibration, out)
@@ -106,6 +107,8 @@ def export(
         for name in (CODEBOOKS_NAME, CONFIG_NAME, CALIBRATION_NAME, *reports):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(calibration / name, folder / name)
+        if record != (settled := without_times(record)):
+            write_json(folder / CALIBRATION_NAME, settled)
         hide_local_paths([folder / name for name in (CONFIG_NAME, CALIBRATION_NAME, *reports)])
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         for name, data in package.items():
@@ -126,6 +129,17 @@ def export(
         and quality.row_of(config.cache.name, config.objective) is not None,
         kernels=kernels,
     )
+
+
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    """calibration.json without how long its steps took, so that what is published has the same
+    bytes whenever it was made."""
+    settled = dict(record)
+    if "timings" in record:
+        settled["timings"] = {}
+    if isinstance(tuning := record.get("tuning"), dict):
+        settled["tuning"] = {name: one for name, one in tuning.items() if name != "seconds"}
+    return settled
 
 
 def _report_files(calibration: Path) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cqtool import quality
-from cqtool.artifact.export import export
+from cqtool.artifact.export import export, without_times
 from cqtool.artifact.measured import read_quality
 from cqtool.artifact.runtime import RuntimeChoice
 from cqtool.codebooks.calibrate import SAMPLES_NAME, partial_folder
@@ -233,11 +233,8 @@ def _settle(folder: Path, recipe: Recipe) -> None:
     if config.get("recipe") != (stated := recipe.model_dump(mode="json")):
         write_json(folder / CONFIG_NAME, config | {"recipe": stated})
     record = read_object(folder / CALIBRATION_NAME, REMEDY, limit=MAX_JSON_BYTES)
-    tuning = record.get("tuning", {})
-    if record.get("timings") or "seconds" in tuning:
-        record |= {"timings": {}}
-        tuning.pop("seconds", None)
-        write_json(folder / CALIBRATION_NAME, record)
+    if record != (settled := without_times(record)):
+        write_json(folder / CALIBRATION_NAME, settled)
 
 
 def _settings(recipe: Recipe) -> quality.CheckSettings:

@@ -247,13 +247,11 @@ def _calibration(config: CQConfig | None, calibration: Mapping[str, Any]) -> lis
     parts = [element("h2", "Calibration"), facts(known)]
     for caption, value, heading in (
         ("Text", data, "Field"),
-        ("Time", calibration.get("timings", {}), "Step"),
         ("Versions", calibration.get("versions", {}), "Package"),
     ):
         if value:
-            unit = " (s)" if caption == "Time" else ""
             shown = [(name, _plain(item)) for name, item in value.items()]
-            parts.append(table((heading, caption + unit), shown))
+            parts.append(table((heading, caption), shown))
     return parts
 
 

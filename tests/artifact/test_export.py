@@ -56,6 +56,19 @@ def test_same_calibration_same_bytes(calibration: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "a") == contents(tmp_path / "deeper" / "b")
 
 
+def test_how_long_a_calibration_took_changes_no_byte(calibration: Path, tmp_path: Path) -> None:
+    path = calibration / "calibration.json"
+    fast = json.loads(path.read_text()) | {"timings": {"text": 0.5}, "tuning": {"seconds": 9.0}}
+    slow = fast | {"timings": {"text": 7.5}, "tuning": {"seconds": 99.0}}
+    found = []
+    for name, record in (("fast", fast), ("slow", slow)):
+        path.write_text(json.dumps(record))
+        export(calibration, tmp_path / name, repo_id="org/x")
+        found.append(contents(tmp_path / name))
+    assert found[0] == found[1]
+    assert json.loads(found[0]["calibration.json"])["tuning"] == {}
+
+
 def test_exporting_again_replaces_and_drops_what_is_gone(calibration: Path, tmp_path: Path) -> None:
     export(calibration, tmp_path / "out")
     (calibration / "reports" / "entropy.png").unlink()

@@ -175,7 +175,8 @@ def test_every_measured_figure_is_in_the_report(tmp_path: Path) -> None:
     assert ["Perplexity increase, at most", "20.00%", "10.50%", "passed"] in page.cells
     entropy = ["keys", "4", "9.50 ± 0.25", "12.00 ± 0.50", "20.8%", "too small"]
     assert entropy in page.cells
-    assert ["sampling", "61.25"] in page.cells
+    # How long it took is not what a release is.
+    assert "61.25" not in str(page.cells)
     assert "cq-8c8b for org/model" in page.text
     assert "5.5×" in page.text  # 46080 / 8352
 
