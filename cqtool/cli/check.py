@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -189,21 +190,11 @@ def check(
     from cqtool import quality
     from cqtool.models.load import open_model
 
-    text, gates = recipe.evaluation, recipe.gates
-    settings = quality.CheckSettings(
-        dataset=text.dataset,
-        config=text.config,
-        split=text.split,
-        column=text.column,
-        text_revision=text.revision,
-        windows=text.windows,
-        window_length=text.window_length,
+    settings = replace(
+        quality.CheckSettings.of_recipe(recipe),
         compare=_names(compare),
         against=_names(against),
         mode=mode,
-        gates=quality.Gates(
-            max_ppl_increase=gates.max_ppl_increase, max_kl=gates.max_kl, min_top1=gates.min_top1
-        ),
         samples=samples,
         window=window,
         sinks=sinks,

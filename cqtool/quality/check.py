@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cqtool.codebooks.calibrate import library_versions
-from cqtool.data import TokenWindows, load_windows, overlap, resolve_source
+from cqtool.data import TokenWindows, overlap
 from cqtool.errors import CqtoolError, RecipeError
 from cqtool.files import digest_json, write_json
 from cqtool.layout.config import QUALITY_NAME, REPORTS_NAME, read_config
@@ -28,6 +28,7 @@ from cqtool.quality.report import QualityReport, Skipped, judge, paired_with
 from cqtool.quality.run import Run
 from cqtool.quality.settings import CheckSettings
 from cqtool.quality.tasks import TaskRun, task_items
+from cqtool.quality.text import evaluation_windows
 
 
 def check(
@@ -59,7 +60,10 @@ def check(
         )
     against = known.against()
     compared, skipped = known.compared()
-    windows = _windows(opened, calibration, settings, progress)
+    windows = evaluation_windows(opened, settings)
+    warning = overlap(read_config(calibration).calibration.dataset, windows.source)
+    if warning is not None:
+        progress.note(warning)
     tasks = TaskRun(opened, items) if items else None
     run = Run(opened, settings, windows, tasks, harness, progress)
     finished = FinishedRows(
@@ -129,31 +133,6 @@ def report_path(calibration: Path, report: QualityReport) -> Path | None:
     if (checked.window, checked.sinks) != (own.window, own.sinks):
         name = f"quality-window{checked.window}-sinks{checked.sinks}.json"
     return calibration / REPORTS_NAME / name
-
-
-def _windows(
-    opened: OpenedModel, calibration: Path, settings: CheckSettings, progress: Progress
-) -> TokenWindows:
-    source = resolve_source(
-        settings.dataset,
-        settings.split,
-        model=opened.name,
-        role="evaluation",
-        config=settings.config,
-        column=settings.column,
-        revision=settings.text_revision,
-    )
-    windows = load_windows(
-        source,
-        opened.tokenizer,
-        sequences=settings.windows,
-        length=settings.window_length,
-        order="sequential",
-    )
-    warning = overlap(read_config(calibration).calibration.dataset, windows.source)
-    if warning is not None:
-        progress.note(warning)
-    return windows
 
 
 def _decisive(

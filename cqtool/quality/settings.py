@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from cqtool.quality.measure import Mode
 from cqtool.quality.report import Gates
+from cqtool.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,18 @@ class CheckSettings:
     task_folder: Path | None = None
     items: int | None = None
     allow_other_base: bool = False
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> Self:
+        """What a recipe says of its own evaluation: the text and the gates."""
+        text, gates = recipe.evaluation, recipe.gates
+        return cls(
+            dataset=text.dataset,
+            config=text.config,
+            split=text.split,
+            column=text.column,
+            text_revision=text.revision,
+            windows=text.windows,
+            window_length=text.window_length,
+            gates=Gates(gates.max_ppl_increase, gates.max_kl, gates.min_top1),
+        )

@@ -16,14 +16,16 @@ from cqtool.artifact.provenance import cqtool_commit
 from cqtool.artifact.runtime import RuntimeChoice
 from cqtool.codebooks.calibrate import library_versions
 from cqtool.codebooks.engines import make_engine
-from cqtool.data import load_windows, resolve_source
 from cqtool.files import digest_json, sha256_file
 from cqtool.layout.config import CODEBOOKS_NAME, read_config
 from cqtool.manifest import artifact_files
 from cqtool.models.fingerprint import fingerprint
 from cqtool.models.load import OpenedModel
+from cqtool.quality import CheckSettings
+from cqtool.quality.text import evaluation_windows
 from cqtool.recipe import Recipe
 from cqtool.sampling import calibration_windows
+from cqtool.tuning.text import tuning_windows
 
 _NOT_EXPORTED = "samples/"
 
@@ -66,18 +68,10 @@ class Inputs:
 
     def tune(self, calibration: Path) -> dict[str, Any]:
         """Of the codebooks of `calibration`, tuned."""
-        settings = self.recipe.tuning
-        assert settings is not None
-        amount = {
-            "sequences": settings.sequences + settings.held_out,
-            "sequence_length": settings.sequence_length,
-            "seed": settings.seed,
-        }
-        text = self.recipe.calibration.model_copy(update=amount)
         return self._common | {
             "recipe": self.recipe.digest,
             "codebooks": sha256_file(calibration / CODEBOOKS_NAME),
-            "text": calibration_windows(self.opened, text).digest,
+            "text": tuning_windows(self.opened, self.recipe).digest,
         }
 
     @cached_property
@@ -87,23 +81,7 @@ class Inputs:
 
     def check(self, folder: Path) -> dict[str, Any]:
         """Of the quality report of the calibration in `folder`."""
-        text = self.recipe.evaluation
-        source = resolve_source(
-            text.dataset,
-            text.split,
-            model=self.opened.name,
-            role="evaluation",
-            config=text.config,
-            column=text.column,
-            revision=text.revision,
-        )
-        windows = load_windows(
-            source,
-            self.opened.tokenizer,
-            sequences=text.windows,
-            length=text.window_length,
-            order="sequential",
-        )
+        windows = evaluation_windows(self.opened, CheckSettings.of_recipe(self.recipe))
         return self._common | {
             "codebooks": sha256_file(folder / CODEBOOKS_NAME),
             "format": read_config(folder).cache.to_json(),

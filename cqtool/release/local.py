@@ -144,9 +144,8 @@ class Local:
         same = self._journal.is_done("check", inputs)
         if not same:
             self._begin("check", inputs)
-            measured = quality.check(
-                self._inputs.opened, folder, _settings(self.recipe), self.progress
-            )
+            settings = quality.CheckSettings.of_recipe(self.recipe)
+            measured = quality.check(self._inputs.opened, folder, settings, self.progress)
             draw_quality(folder, measured)
             report = folder / REPORTS_NAME / QUALITY_NAME
             self._journal.finish("check", [report, report.with_suffix(".png")])
@@ -235,20 +234,6 @@ def _settle(folder: Path, recipe: Recipe) -> None:
     record = read_object(folder / CALIBRATION_NAME, REMEDY, limit=MAX_JSON_BYTES)
     if record != (settled := without_times(record)):
         write_json(folder / CALIBRATION_NAME, settled)
-
-
-def _settings(recipe: Recipe) -> quality.CheckSettings:
-    text, gates = recipe.evaluation, recipe.gates
-    return quality.CheckSettings(
-        dataset=text.dataset,
-        config=text.config,
-        split=text.split,
-        column=text.column,
-        text_revision=text.revision,
-        windows=text.windows,
-        window_length=text.window_length,
-        gates=quality.Gates(gates.max_ppl_increase, gates.max_kl, gates.min_top1),
-    )
 
 
 def _copy_entropy(source: Path, target: Path) -> None:

@@ -33,10 +33,10 @@ from cqtool.models.load import OpenedModel
 from cqtool.progress import SILENT, Progress
 from cqtool.quality.simulate import require_simulation
 from cqtool.recipe import Recipe
-from cqtool.sampling import calibration_windows
 from cqtool.spec import KINDS
 from cqtool.strictjson import read_object
 from cqtool.tuning.ranks import ALONE, Ranks
+from cqtool.tuning.text import tuning_windows
 from cqtool.tuning.trainer import History, Trainer
 
 _STATE_NAME = "tuning.safetensors"
@@ -104,13 +104,7 @@ def tune(
                         "--resume, or start over with --force."
                     )
             format = load_format(calibration, opened.model).to(opened.model.device)
-        amount = {
-            "sequences": settings.sequences + settings.held_out,
-            "sequence_length": settings.sequence_length,
-            "seed": settings.seed,
-        }
-        text = recipe.calibration.model_copy(update=amount)
-        windows = ranks.from_first(lambda: calibration_windows(opened, text))
+        windows = ranks.from_first(lambda: tuning_windows(opened, recipe))
         with ranks.together():
             require_simulation(opened.model, format, windows.ids[0])
             trainer = Trainer(
