@@ -1,5 +1,8 @@
 """Trying again what failed because of a passing trouble of the Hub or the network.
 
+A Hub that accepts a request and stays silent is such a trouble, too: the Hub client would wait for
+ever, so requests get a limit here where the client sets none.
+
 The runtime of artifacts carries this module: the Hub client is imported only where it is used.
 """
 
@@ -7,10 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import sleep
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cqtool.errors import CqtoolError, HubError
 from cqtool.progress import SILENT, Progress
@@ -26,6 +31,9 @@ _PASSING_TRANSPORT = frozenset(
 )
 """Names, not classes: huggingface_hub 1.x is built on httpx and 2.x on httpx2, and of the two only
 one is installed."""
+
+_CONNECT_SECONDS = 10.0
+_hooks = threading.Lock()
 
 
 class DamagedDownload(HubError):
@@ -65,8 +73,9 @@ def passing_trouble(error: BaseException) -> Trouble | None:
         return Trouble("The Hub's answer cannot be read", doubtful=True)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & _PASSING_TRANSPORT and not isinstance(error, OfflineModeIsEnabled):
-        unconnected = bool(kinds & {"ConnectError", "ConnectTimeout"})
-        return Trouble(f"The Hub does not answer ({type(error).__name__})", doubtful=unconnected)
+        # Each silence has lasted as long as a Hub can take for anything.
+        absent = bool(kinds & {"ConnectError", "TimeoutException"})
+        return Trouble(f"The Hub does not answer ({type(error).__name__})", doubtful=absent)
     # Uploads run in threads, and downloads begin with a look-up: the client wraps what went wrong.
     return passing_trouble(error.__cause__) if error.__cause__ is not None else None
 
@@ -90,6 +99,8 @@ class Retry:
         longest: the most they grow to.
         patience: the longest wait that the Hub may ask for, in seconds; the Hub counts requests in
             windows of 300.
+        silence: the longest time in seconds without a byte to or from the Hub. A commit of many
+            files can take it a minute.
     """
 
     attempts: int = 6
@@ -97,6 +108,7 @@ class Retry:
     first: float = 1.0
     longest: float = 30.0
     patience: float = 330.0
+    silence: float = 90.0
 
     def call(self, action: Callable[[], T], progress: Progress = SILENT) -> T:
         """The result of `action`, which must be safe to repeat.
@@ -107,7 +119,8 @@ class Retry:
         done = 0
         while True:
             try:
-                return action()
+                with _limited(self.silence):
+                    return action()
             except Exception as error:
                 done += 1
                 trouble = passing_trouble(error)
@@ -121,3 +134,35 @@ class Retry:
                     raise
                 progress.note(f"{trouble.what}; trying again in {wait:.0f} s")
             sleep(wait)
+
+
+@contextmanager
+def _limited(silence: float) -> Iterator[None]:
+    """Inside the block, end requests after `silence` seconds that the Hub client gave no limit.
+
+    A default of the client would not do: some of its requests say themselves that they have no
+    limit. So each is changed on its way. The client may be shared with the program that uses
+    cqtool, and is neither closed nor replaced; afterwards it is as before.
+    """
+    from huggingface_hub import get_session
+
+    limits = {"connect": min(silence, _CONNECT_SECONDS), "read": silence, "write": silence}
+
+    def limit(request: Any) -> None:
+        given = request.extensions.get("timeout") or {}
+        own = {name: seconds for name, seconds in given.items() if seconds is not None}
+        request.extensions = {**request.extensions, "timeout": {**given, **limits, **own}}
+
+    client = get_session()
+    _change_hooks(client, lambda hooks: [*hooks, limit])
+    try:
+        yield
+    finally:
+        _change_hooks(client, lambda hooks: [hook for hook in hooks if hook is not limit])
+
+
+def _change_hooks(client: Any, change: Callable[[list[Any]], list[Any]]) -> None:
+    # A new list each time: another thread may be walking through the old one.
+    with _hooks:
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "request": change(hooks["request"])}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ IMPORTED = (
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: `code` is negative for a signal, `seconds` are without the fork's."""
+    """How a command ended: `code` is negative for a signal, `seconds` as `kill_after` has them."""
 
     code: int
     output: str
@@ -59,7 +59,12 @@ def _work(words: Sequence[str], hub_url: str, token: str, home: Path) -> None:
 
 
 def run(
-    *words: object, hub_url: str, token: str, home: Path, kill_after: float | None = None
+    *words: object,
+    hub_url: str,
+    token: str,
+    home: Path,
+    kill_after: float | None = None,
+    since: Callable[[], bool] = lambda: True,
 ) -> Ended:
     """Run a command in a fork, to its end or until SIGKILL ends it.
 
@@ -69,6 +74,7 @@ def run(
         token: its token there.
         home: a folder for the Hub client's cache and for what the command prints.
         kill_after: seconds from its beginning.
+        since: whether what the seconds are counted from has begun.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
@@ -76,7 +82,7 @@ def run(
     started.unlink(missing_ok=True)
     process = context.Process(target=_work, args=([*map(str, words)], hub_url, token, home))
     process.start()
-    while not started.exists() and process.is_alive():
+    while not (started.exists() and since()) and process.is_alive():
         time.sleep(0.001)
     begin = time.monotonic()
     process.join(kill_after)

@@ -64,11 +64,11 @@ def write_tiny_calibration(folder: Path, model: LlamaForCausalLM, *, grouped: bo
     return folder
 
 
-def generate(model: Any, cache: Any) -> list[int]:
+def generate(model: Any, cache: Any = None, **options: Any) -> list[int]:
     """What the model says to PROMPT, greedily."""
     ids = torch.tensor([PROMPT], device=model.device)
     output = model.generate(
         ids, past_key_values=cache, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-        do_sample=False,
+        do_sample=False, **options,
     )  # fmt: skip
     return output[0, len(PROMPT) :].tolist()

@@ -105,7 +105,7 @@ def test_it_is_released_as_any_other(calibration, tmp_path):
     assert run.exit_code == 0, run.output
     card = (tmp_path / "artifact" / "README.md").read_text()
     assert "in 1.5 bits per channel" in card
-    assert "- Layer 0: keys cq-4c8b, values cq-4c8b." in card
+    assert "| cq-4c8b | 2 | 0 | 0, 2 |" in card
     described = CliRunner().invoke(app, ["inspect", str(tmp_path / "artifact"), "--json"])
     assert json.loads(described.stdout)["bits_per_channel"] == 1.5
 

@@ -144,9 +144,7 @@ def test_the_artifact_names_the_parts_and_no_folder(
     done = cqtool("export", calibration, "--out", tmp_path / "artifact", "--repo-id", "org/name")
     assert done.exit_code == 0, done.output
     card = (tmp_path / "artifact" / "README.md").read_text()
-    assert "6 sequences of 64 tokens: 3 of `law, old.txt` (all), 3 of `talk.txt` (all), seed 0" in (
-        card
-    )
+    assert "6 sequences of 64 tokens: 3 of `law, old.txt`, 3 of `talk.txt`, seed 0" in card
     written = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     text = CalibrationText.model_validate(written["calibration"])
     assert [part.dataset for part in text.parts] == ["PATH/TO/law, old.txt", "PATH/TO/talk.txt"]

@@ -14,13 +14,14 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from cqtool.artifact.card_commands import calibrate_command, mixture_recipe, tune_command
 from cqtool.artifact.card_content import LOCAL_MODEL, CardContent
-from cqtool.artifact.card_measured import memory_section, quality_section
+from cqtool.artifact.card_format import OBJECTIVES, format_section, kept_tokens
+from cqtool.artifact.card_measured import headline, memory_section, quality_section
 from cqtool.artifact.card_runtime import runtime_limit, runtime_section
-from cqtool.artifact.markdown import dataset, number, plain
+from cqtool.artifact.markdown import dataset, plain
 from cqtool.artifact.names import is_hub_id, public_name
+from cqtool.artifact.runtime import GENERATE_NAME
 from cqtool.errors import ArtifactError
-from cqtool.layout.config import CQConfig, text_parts
-from cqtool.spec import GROUPED_CHANNELS
+from cqtool.layout.config import text_parts
 
 _TAGS = ["kv-cache", "kv-cache-quantization", "coupled-quantization", "quantization"]
 
@@ -47,24 +48,24 @@ def render_card(content: CardContent) -> str:
     base = public_name(config.base_model.id)
     sections = [
         f"# {plain(base.rsplit('/', 1)[-1])}: KV cache in {config.rate} ({config.cache.name})",
-        *_introduction(config),
+        *_introduction(content),
         "## Usage",
         _usage(content),
-        *runtime_section(content),
         "## Measured quality",
         *quality_section(content),
         "## Memory",
         *memory_section(content),
+        *runtime_section(content),
         "## Limits",
         *_limits(content),
         "## Calibration",
         *_calibration(content),
-        *_pictures(content.reports),
+        *_links(content.reports),
         "## Citation",
         "The method is Coupled Quantization ([arXiv 2405.03917](https://arxiv.org/abs/2405.03917)):",
         _CITATION,
     ]
-    data = card_metadata(config)
+    data = card_metadata(content)
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
     if ModelCard(text).data.to_yaml() != data.to_yaml():
         raise ArtifactError(
@@ -74,9 +75,9 @@ def render_card(content: CardContent) -> str:
     return text
 
 
-def card_metadata(config: CQConfig) -> ModelCardData:
+def card_metadata(content: CardContent) -> ModelCardData:
     """The card's front matter; only what the Hub can resolve is named in it."""
-    base = config.base_model
+    config, base = content.config, content.config.base_model
     texts = [part.get("dataset") for part in text_parts(config.calibration.dataset)]
     named = [text for text in texts if isinstance(text, str) and is_hub_id(text)]
     return ModelCardData(
@@ -85,39 +86,25 @@ def card_metadata(config: CQConfig) -> ModelCardData:
         library_name="cqtool",
         license=base.license,
         datasets=list(dict.fromkeys(named)) or None,
-        tags=[*_TAGS, config.cache.name],
+        tags=[*_TAGS, *([] if content.kernels is None else [GENERATE_NAME]), config.cache.name],
     )
 
 
-def _introduction(config: CQConfig) -> Iterator[str]:
-    base = config.base_model
+def _introduction(content: CardContent) -> Iterator[str]:
+    config, base = content.config, content.config.base_model
     if is_hub_id(base.id):
         model = f"[{base.id}](https://huggingface.co/{base.id})"
         revision = f" at revision `{plain(base.revision)}`" if base.revision else ""
     else:
         model, revision = f"the local model `{plain(public_name(base.id))}`", ""
     yield (
-        f"Codebooks that hold the key/value cache of {model}{revision} in "
-        f"{config.rate}. They are no model: the base "
-        "model's weights stay as they are, and are loaded from their own repository."
+        f"Learned codebooks that store the key/value cache of {model}{revision} in "
+        f"{config.rate}. They are not a model: the base model's weights stay as they are and come "
+        "from their own repository."
     )
-    parts = [
-        f"{name}: groups of {code.channels} {GROUPED_CHANNELS[code.grouping]} of a head share one "
-        f"of {code.centroids} learned centroids"
-        f"{', the same for all heads of a layer' if code.sharing == 'heads' else ''}, "
-        f"a code of {code.bits} bits "
-        f"({number(code.bits_per_channel)} per channel)"
-        for name, code in (("keys", config.cache.key), ("values", config.cache.value))
-    ]
-    others = "".join(
-        f"- {codes.place.capitalize()}: keys {codes.key.name}, values {codes.value.name}.\n"
-        for codes in config.cache.layers
-    )
-    yield (
-        f"- {parts[0]}; taken before RoPE and rotated after decoding.\n- {parts[1]}.\n{others}"
-        f"- The first {config.cache.sinks} tokens and the last {config.cache.window} tokens stay "
-        "in the model's own precision."
-    )
+    lines, *rest = format_section(config)
+    yield "\n".join(filter(None, [headline(content), lines]))
+    yield from rest
 
 
 def _usage(content: CardContent) -> str:
@@ -147,21 +134,26 @@ def _limits(content: CardContent) -> Iterator[str]:
     quality = content.quality if content.own_row is not None else None
     limits = [
         "The codebooks fit this base model only; loading refuses another one.",
-        f"A context no longer than sinks and window together "
-        f"({content.config.cache.sinks + content.config.cache.window} tokens) is not compressed.",
         runtime_limit(content),
     ]
+    cache = content.config.cache
+    if kept := kept_tokens(cache):
+        limits.insert(
+            1,
+            f"A context of up to {cache.sinks + cache.window} tokens is not compressed: {kept} "
+            "stay as they are.",
+        )
     if content.is_demo:
         limits.append(
-            "They were made with cqtool's demo model, weights of this base model that had been "
-            "quantized before: figures are not those of the published checkpoint."
+            "The codebooks were made with cqtool's demo model, weights of this base model that had "
+            "been quantized before: figures are not those of the published checkpoint."
         )
     if quality is not None:
         measured = quality.generation is not None or quality.tasks is not None
         tasks = "other tasks" if measured else "downstream tasks"
         limits.append(
             f"Quality was measured on the text above, in windows of {quality.window_length} "
-            f"tokens; other domains, longer contexts and {tasks} were not."
+            f"tokens. Other domains, longer contexts and {tasks} were not measured."
         )
     yield "\n".join(f"- {limit}" for limit in limits)
 
@@ -169,11 +161,12 @@ def _limits(content: CardContent) -> Iterator[str]:
 def _calibration(content: CardContent) -> Iterator[str]:
     config, data = content.config, content.config.calibration
     recipe = config.recipe.get("name")
-    made = f"recipe `{plain(recipe)}`, " if isinstance(recipe, str) else ""
+    made = f"the recipe `{plain(recipe)}` and " if isinstance(recipe, str) else ""
     yield (
-        f"{data.sequences} sequences of {data.sequence_length} tokens{_texts(data.dataset)}, "
-        f"seed {data.seed}; {made}objective `{plain(config.objective)}`, cqtool "
-        f"{plain(config.tool_version)}. SHA-256 of the token ids: `{plain(data.digest)}`."
+        f"Fitted by cqtool {plain(config.tool_version)} to {data.sequences} sequences of "
+        f"{data.sequence_length} tokens{_texts(data.dataset)}, seed {data.seed}, with {made}the "
+        f"objective `{plain(config.objective)}` ({OBJECTIVES[config.objective]}). SHA-256 of the "
+        f"token ids: `{plain(data.digest)}`."
     )
     if config.tuned:
         yield (
@@ -183,7 +176,7 @@ def _calibration(content: CardContent) -> Iterator[str]:
         )
     mixture = mixture_recipe(content)
     if mixture is None:
-        yield "This fits them again:"
+        yield "To fit them again:"
     else:
         yield "To fit them again, put these texts into a copy `recipe.yaml` of the recipe, and run:"
         yield f"```yaml\n{mixture}\n```"
@@ -200,9 +193,12 @@ def _texts(source: Mapping[str, Any]) -> str:
     return ": " + ", ".join(shown)
 
 
-def _pictures(reports: tuple[str, ...]) -> Iterator[str]:
-    shown = [f"![{name.rsplit('/', 1)[-1]}]({name})" for name in reports if name.endswith(".png")]
-    linked = [f"[{name}]({name})" for name in reports if name.endswith(".html")]
-    if shown or linked:
+def _links(reports: tuple[str, ...]) -> Iterator[str]:
+    """The section that names what else was reported; nothing where that is nothing."""
+    names = [name for name in reports if name.endswith((".html", ".png"))]
+    if names:
         yield "## Reports"
-        yield from [*linked, *shown]
+        # The page that has all of it comes first.
+        names.sort(key=lambda name: not name.endswith(".html"))
+        links = ", ".join(f"[{name.rsplit('/', 1)[-1]}]({name})" for name in names)
+        yield f"Figures and plots: {links}."

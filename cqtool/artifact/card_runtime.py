@@ -8,9 +8,9 @@ from cqtool.artifact.card_content import CardContent
 from cqtool.layout.config import RUNTIME_NAME
 
 _TRUST = (
-    "Both run code of this repository, so do it only where you trust its author. Digests are "
-    "compared with `manifest.json` before anything is imported or loaded; they show that the files "
-    "are whole, not who wrote them. Pin a `revision` that you have looked at."
+    "All of this runs code of this repository, so do it only where you trust its author. Digests "
+    "are compared with `manifest.json` before runtime and kernels are loaded; they show that the "
+    "files are whole, not who wrote them. Pin a `revision` that you have looked at."
 )
 
 
@@ -36,9 +36,17 @@ def runtime_section(content: CardContent) -> Iterator[str]:
         yield f"`{RUNTIME_NAME}` holds cqtool's runtime: Python modules and CUDA sources."
         launch = ""
     yield (
-        "Without cqtool, `CQCache` comes from the artifact itself, with only torch, transformers "
-        f"and safetensors installed{launch}:"
+        "Without cqtool, the runtime comes from the artifact itself, with only torch, transformers "
+        f"and safetensors installed{launch}. transformers fetches and runs it in one call:"
     )
+    yield (
+        "```python\n"
+        "output = model.generate(\n"
+        f'    **inputs, custom_generate="{content.repo}", trust_remote_code=True\n'
+        ")\n"
+        "```"
+    )
+    yield "For a cache of your own, take `CQCache` from a downloaded folder:"
     yield (
         "```python\n"
         "import importlib, sys\n"
@@ -51,7 +59,7 @@ def runtime_section(content: CardContent) -> Iterator[str]:
     )
     yield (
         "On a machine with CUDA, `kernels.get_local_kernel(pathlib.Path(folder)).CQCache` does the "
-        "same. " + (_TRUST if kernels.cubins else _TRUST.replace("Both run", "This runs"))
+        f"same. {_TRUST}"
     )
 
 

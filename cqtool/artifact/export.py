@@ -16,7 +16,7 @@ from cqtool.artifact.measured import read_quality
 from cqtool.artifact.names import check_repo_id
 from cqtool.artifact.private import hide_local_paths
 from cqtool.artifact.provenance import provenance
-from cqtool.artifact.runtime import DATA_ONLY, RuntimeChoice, build_runtime
+from cqtool.artifact.runtime import DATA_ONLY, RuntimeChoice, build_generate, build_runtime
 from cqtool.artifact.runtime_kernels import CompiledKernels
 from cqtool.errors import ArtifactError
 from cqtool.files import atomic_dir, write_json
@@ -96,11 +96,13 @@ def export(
     quality = read_quality(calibration)
     reports = _report_files(calibration)
     _check_destination(calibration, out)
-    package: dict[str, bytes] = {}
+    code: dict[str, bytes] = {}
     kernels = None
     if runtime.package:
         channels = read_channels(calibration, config)
         package, kernels = build_runtime(config, runtime.architectures, channels, progress)
+        code = {f"{RUNTIME_NAME}/{name}": data for name, data in package.items()}
+        code |= build_generate()
         kernels = replace(kernels, note=kernels.note or runtime.note)
     card = render_card(CardContent(config, quality, codebook_bytes, reports, repo_id, kernels))
     with atomic_dir(out) as folder:
@@ -111,8 +113,8 @@ def export(
             write_json(folder / CALIBRATION_NAME, settled)
         hide_local_paths([folder / name for name in (CONFIG_NAME, CALIBRATION_NAME, *reports)])
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        for name, data in package.items():
-            path = folder / RUNTIME_NAME / name
+        for name, data in code.items():
+            path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         write_manifest(folder, provenance(folder))

@@ -1,8 +1,10 @@
-"""build/torch-cuda: cqtool's runtime inside an artifact, as a Python package of its own.
+"""The code in an artifact: cqtool's runtime in build/torch-cuda, and custom_generate beside it.
 
-It holds the modules that `CQCache` needs, the CUDA sources, and compiled kernels for many GPUs. The
-folder has the shape that the `kernels` package loads, and imports without it just as well. Nothing
-of when or where it was made goes in: the same cqtool and compiler give the same bytes.
+The runtime is a Python package of its own: the modules that `CQCache` needs, the CUDA sources, and
+compiled kernels for many GPUs. Its folder has the shape that the `kernels` package loads, and
+imports without it just as well. custom_generate is what transformers runs of a repository once the
+user trusts it. Nothing of when or where they were made goes in: the same cqtool and compiler give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cqtool
+from cqtool.artifact.runtime_init import NEEDED
 from cqtool.artifact.runtime_kernels import (
     NO_CHANNELS,
     CompiledKernels,
@@ -33,8 +36,11 @@ FORMAT_VERSION = 1
 FILES_NAME = "files.json"
 METADATA_NAME = "metadata.json"
 LICENSE_ID = "Apache-2.0"
+GENERATE_NAME = "custom_generate"
+"""A folder of the artifact, of a name that transformers knows."""
 
 _INIT = Path(__file__).with_name("runtime_init.py")
+_GENERATE = Path(__file__).with_name("runtime_generate.py")
 # Python would write bytecode of __init__.py here, and run what somebody else has put here, without
 # a look at any digest. A file in the folder's place prevents both, and changes nothing else.
 _NO_BYTECODE = "__pycache__"
@@ -128,6 +134,19 @@ def build_runtime(
         }
     )
     return dict(sorted(files.items())), compiled
+
+
+def build_generate() -> dict[str, bytes]:
+    """What transformers' ``generate(custom_generate=...)`` looks for in a repository.
+
+    Returns:
+        The files, by path in the artifact with ``/``: the code, and the packages that transformers
+        asks for, with their versions, before it runs the code.
+    """
+    return {
+        f"{GENERATE_NAME}/generate.py": _GENERATE.read_bytes(),
+        f"{GENERATE_NAME}/requirements.txt": "".join(f"{need}\n" for need in NEEDED).encode(),
+    }
 
 
 def _metadata(files: Mapping[str, bytes], architectures: Sequence[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ NAMESPACE = re.sub(r"\W", "_", f"cqtool_{__name__.removeprefix('cqtool_')}")
 """Replaces ``cqtool`` in names that are global to a process, such as those of torch ops."""
 
 # The versions are those of cqtool's own dependencies; a test compares them.
-_NEEDED = ("torch>=2.11", "transformers>=5.16", "safetensors>=0.6")
+NEEDED = ("torch>=2.11", "transformers>=5.16", "safetensors>=0.6")
 _FILES, _MANIFEST = "files.json", "manifest.json"
 _ROOT = Path(__file__).parent
 _REMEDY = "Download the artifact again, from a source that you trust."
@@ -139,7 +139,7 @@ def _install() -> None:
 
 def _require() -> None:
     """Say which package is missing, all of them at once."""
-    names = {need: re.split(r"\W", need)[0] for need in _NEEDED}
+    names = {need: re.split(r"\W", need)[0] for need in NEEDED}
     missing = [need for need, name in names.items() if importlib.util.find_spec(name) is None]
     if missing:
         wanted = " ".join(f"'{need}'" for need in missing)

@@ -62,18 +62,19 @@ def test_local_models_and_texts_are_not_given_as_hub_ids(calibration: Path) -> N
 
 
 def test_every_measured_figure_is_there_with_its_standard_error(calibration: Path) -> None:
-    text = card_of(calibration)
-    row = next(line for line in text.splitlines() if line.startswith("| K 4c3b"))
+    text = card_of(calibration).replace("\u00a0", " ")
+    row = next(line for line in text.splitlines() if line.startswith("| **K 4c3b"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == [
-        "K 4c3b, V 8c4b",
+        "**K 4c3b, V 8c4b**",
         "0.625",
         "23.891 ± 0.829",
         "+11.92% ± 1.37%",
         "0.0871 ± 0.0023",
         "91.43% ± 0.31%",
     ]
-    assert "| K 4c3b, V 8c4b | 22 | 4.3% | 1.375 |" in text
+    assert "| **K 4c3b, V 8c4b** | 22 | 4.3% | 1.375 |" in text
+    assert "4.3% of the bytes of the fp32 cache at 768 tokens, perplexity +11.92% ± 1.37%" in text
 
 
 def test_no_number_is_invented(calibration: Path) -> None:
@@ -85,8 +86,9 @@ def test_no_number_is_invented(calibration: Path) -> None:
     derived = {
         "0.625", "0.75", "0.5",  # bits per channel: (3/4 + 4/8) / 2, 3/4 and 4/8
         "8", "16",  # centroids: 2**3 and 2**4; sinks + window
-        "2", "10", "128", str(size),  # layers, code bytes, channels per token, codebook bytes
+        "2", "10", "128", f"{size / 1000:.3g}",  # layers, code bytes, channels per token, kB
         "11.92", "1.37", "91.43", "0.31", "4.3", "100.0",  # fractions as per cent
+        "2.0",  # per cent: code bytes of 512 bytes per token
     }  # fmt: skip
     numbers = re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w])", body)
     known = {float(n) for n in [*re.findall(r"\d+(?:\.\d+)?", sources), *derived]}
@@ -188,8 +190,10 @@ def test_the_grouping_is_part_of_the_command() -> None:
 def test_a_single_window_has_no_standard_error(calibration: Path) -> None:
     nothing = {f"{name}_se": None for name in ("perplexity", "perplexity_increase", "kl", "top1")}
     edit_json(calibration / "reports" / "quality.json", lambda q: q["rows"][1].update(nothing))
-    row = next(line for line in card_of(calibration).splitlines() if line.startswith("| K 4c3b"))
-    assert row == "| K 4c3b, V 8c4b | 0.625 | 23.891 | +11.92% | 0.0871 | 91.43% |"
+    text = card_of(calibration)
+    row = next(line for line in text.splitlines() if line.startswith("| **K 4c3b"))
+    assert row == "| **K 4c3b, V 8c4b** | 0.625 | 23.891 | +11.92% | 0.0871 | 91.43% |"
+    assert "± is the standard error" not in text
 
 
 def test_the_demo_is_not_passed_off_as_the_published_checkpoint(calibration: Path) -> None:
@@ -240,7 +244,7 @@ def test_a_mixture_of_texts_is_named_part_by_part(calibration: Path) -> None:
     assert "\n# Heading" not in text
     link = "[org/code](https://huggingface.co/datasets/org/code)"
     assert f"7 sequences of 96 tokens: 4 of {link} (c, train), 2 of {link} (https" in text
-    assert ", 1 of cqtool's demo text (Wikipedia articles) (train), seed 11" in text
+    assert ", 1 of cqtool's demo text of Wikipedia articles (train), seed 11" in text
     block = text.split("```yaml\n")[1].split("\n```")[0]
     # Fences count when indented, too.
     assert not any(line.strip().startswith("```") for line in block.splitlines())
@@ -265,3 +269,40 @@ def test_names_cannot_break_out_of_the_text(calibration: Path) -> None:
     text = card_of(calibration)
     assert "\n# Heading" not in text and not re.search(r"(?<!\\)<script", text)
     assert ModelCard(text).data.license == "x: y\n--- [z"
+
+
+def test_one_plot_is_shown_and_the_others_are_linked(calibration: Path) -> None:
+    reports = calibration / "reports"
+    for name in ("quality.png", "quality-window0-sinks0.png", "report.html"):
+        (reports / name).write_bytes(b"x")
+    text = card_of(calibration)
+    assert re.findall(r"!\[.+\]\((.*)\)", text) == ["reports/quality.png"]
+    (reports / "quality-pareto.png").write_bytes(b"x")
+    text = card_of(calibration)
+    assert re.findall(r"!\[.+\]\((.*)\)", text) == ["reports/quality-pareto.png"]
+    linked = re.findall(r"\]\((.*?)\)", text.split("## Reports")[1].split("## ")[0])
+    assert linked[0] == "reports/report.html"
+    assert sorted(linked) == sorted(
+        f"reports/{path.name}" for path in reports.iterdir() if path.suffix in (".html", ".png")
+    )
+
+
+def test_where_every_token_is_coded_no_token_is_said_to_stay(calibration: Path) -> None:
+    text = card_of(calibration)
+    assert "A context of up to 8 tokens is not compressed: the first 3 and the last 5" in text
+    edit_json(calibration / "cq_config.json", lambda c: c["cache"].update(window=0, sinks=0))
+    edit_json(
+        calibration / "reports" / "quality.json",
+        lambda q: q["rows"][1].update(window=0, sinks=0),
+    )
+    text = card_of(calibration)
+    assert "with every token coded" in text and "Tokens**: all are coded" in text
+    assert "A context of up to" not in text and "the longer the text" not in text
+
+
+def test_a_change_that_rounds_to_nothing_is_no_decrease(calibration: Path) -> None:
+    edit_json(
+        calibration / "reports" / "quality.json",
+        lambda q: q["rows"][1].update(perplexity_increase=-1e-6, perplexity_increase_se=1e-6),
+    )
+    assert "perplexity +0.00% ± 0.00%" in card_of(calibration)

@@ -74,6 +74,7 @@ def run(python: Path, hub: HubServer, home: Path, code: str, *arguments: object)
     done = subprocess.run(
         [python, "-I", "-c", code, *map(str, arguments)],
         env=kept | hub.environment(None) | {"HOME": str(home), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=300,
@@ -136,7 +137,7 @@ def test_pulling_runs_nothing_and_the_cards_own_lines_generate(
     assert pulled["ran"] == []
     # What to do is said in one sentence, before anything of the repository runs.
     assert (
-        "This runs code of this repository, so do it only where you trust its author."
+        "All of this runs code of this repository, so do it only where you trust its author."
         in (pulled["card"])
     )
     blocks = re.findall(r"```python\n(.*?)```", pulled["card"], re.DOTALL)
@@ -150,3 +151,79 @@ def test_pulling_runs_nothing_and_the_cards_own_lines_generate(
     assert result["texts"] == [expected] * 3
     assert result["cqtool"] == []
     assert re.match(r"HubError: org/other is not in the Hub client's cache, and", result["missing"])
+
+
+GENERATE = """
+import json, os, sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from huggingface_hub import constants, hf_hub_download
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+PROMPT, NEW, first = json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+inputs = {"input_ids": torch.tensor([PROMPT]), "max_new_tokens": NEW, "min_new_tokens": NEW}
+inputs["do_sample"] = False
+def said(output):
+    return output[0, len(PROMPT):].tolist()
+def refusal(**options):
+    try:
+        model.generate(**inputs, custom_generate="REPO", **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+refused = [refusal(), refusal(trust_remote_code=False)]
+home = Path(constants.HF_HOME)
+def held():
+    return sorted({path.name for path in home.rglob("*")} & {"generate.py", "manifest.json"})
+fetched = [held()]
+CARD
+fetched.append(held())
+texts = [said(output)]
+def other(**options):
+    return said(model.generate(
+        **inputs, custom_generate="REPO", trust_remote_code=True, **options))
+texts += [other(revision=first), other(num_beams=2), other(revision=first, cache_dir="elsewhere")]
+hf_hub_download("REPO", "custom_generate/generate.py", revision=first, cache_dir="part")
+constants.HF_HUB_OFFLINE = True
+texts += [other(), other(revision=first)]
+refused.append(refusal(revision=first, cache_dir="part", trust_remote_code=True))
+own = sorted(name for name in sys.modules if name.split(".")[0] == "cqtool")
+# transformers' question has no end of line.
+print()
+print(json.dumps({"texts": texts, "refused": refused, "fetched": fetched, "cqtool": own}))
+"""
+
+
+def test_transformers_runs_it_after_trust_and_takes_all_of_one_commit(
+    hub: HubServer, python: Path, tiny: tuple[Any, Path, Path], tmp_path: Path
+) -> None:
+    model, folder, artifact = tiny
+    first = push(artifact, REPO).oid
+    # Other codebooks on the main branch since: what is fetched must be of the commit asked for.
+    write_tiny_calibration(tmp_path / "calibration", model, grouped=True)
+    choice = RuntimeChoice(architectures=())
+    later = export(
+        tmp_path / "calibration", tmp_path / "later", repo_id=REPO, runtime=choice
+    ).folder
+    push(later, REPO)
+    card = (later / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    (lines,) = [block for block in blocks if "custom_generate" in block]
+
+    home = tmp_path / "home"
+    code = GENERATE.replace("REPO", REPO).replace("CARD", lines)
+    result = run(python, hub, home, code, folder, json.dumps(PROMPT), NEW_TOKENS, first)
+    assert result["cqtool"] == []
+    # Nobody is there to answer the question; nothing was fetched, let alone run.
+    for refused in result["refused"][:2]:
+        assert refused.startswith("ValueError: The repository `org/tiny-cq` contains custom")
+        assert "trust_remote_code=True" in refused
+    assert result["fetched"] == [[], ["generate.py", "manifest.json"]]
+    whole = f"OSError: {REPO} at {first} cannot be fetched as a whole ("
+    assert result["refused"][2].startswith(whole)
+
+    def expected(place: Path, **options: Any) -> list[int]:
+        return generate(model, CQCache.from_pretrained(place, model), **options)
+
+    old, new = expected(artifact), expected(later)
+    assert old != new
+    beams = expected(later, num_beams=2)
+    assert result["texts"] == [new, old, beams, old, new, old]

@@ -172,5 +172,6 @@ def test_inspect_and_the_card_say_how_channels_are_grouped(calibration: Path) ->
     assert "keys of 4 channels in correlated RoPE pairs, values of 8 neighbouring" in human
     export(calibration, calibration.parent / "grouped")
     card = (calibration.parent / "grouped" / "README.md").read_text()
-    assert "- keys: groups of 4 channels in correlated RoPE pairs of a head share" in card
-    assert "- values: groups of 8 neighbouring channels of a head share" in card
+    keys, values = (line for line in card.splitlines() if line.startswith(("- **K", "- **V")))
+    assert "each group of 4 channels in correlated RoPE pairs of a head" in keys
+    assert "each group of 8 neighbouring channels of a head" in values

@@ -84,6 +84,8 @@ def folder(scratch: Path) -> Path:
     bomb = f"open({str(root / 'ran')!r}, 'w')\n"
     for name in ("__init__.py", "cache.py", "sitecustomize.py"):
         (runtime / name).write_text(bomb)
+    (artifact / "custom_generate").mkdir()
+    (artifact / "custom_generate" / "generate.py").write_text(bomb)
     entry = {"name": "decode-0", "arch": "sm_90", "source": "decode/decode.cu", "defines": {"C": 8}}
     entry |= {"source_digest": "00" * 32, "sha256": "00" * 32}
     index = {"format": 1, "compiler": "NVRTC 13.0", "cubins": [entry, entry | {"arch": "sm_80"}]}

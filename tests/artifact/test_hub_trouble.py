@@ -55,10 +55,10 @@ def test_the_hub_says_how_long(headers: dict[str, str], wait: float | None) -> N
 
 
 def test_other_failures() -> None:
-    for error in (http.ReadTimeout("x"), http.RemoteProtocolError("x"), http.WriteError("x")):
+    for error in (http.ReadError("x"), http.RemoteProtocolError("x"), http.WriteError("x")):
         trouble = passing_trouble(error)
         assert trouble is not None and not trouble.doubtful
-    for error in (http.ConnectError("x"), json.JSONDecodeError("x", "", 0)):
+    for error in (http.ConnectError("x"), http.ReadTimeout("x"), json.JSONDecodeError("x", "", 0)):
         trouble = passing_trouble(error)
         assert trouble is not None and trouble.doubtful
     assert passing_trouble(DamagedDownload("x")) is not None

@@ -314,7 +314,7 @@ def test_missing_packages_are_named_all_at_once(built: Path) -> None:
 def test_the_versions_it_asks_for_are_those_of_cqtool() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     own = {need.name: need for need in map(Requirement, project["dependencies"])}
-    for need in map(Requirement, runtime_init._NEEDED):
+    for need in map(Requirement, runtime_init.NEEDED):
         assert need.specifier and set(need.specifier) <= set(own[need.name].specifier)
 
 

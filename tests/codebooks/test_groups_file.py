@@ -139,7 +139,7 @@ def test_the_codebooks_of_a_calibration_are_such_a_file(chosen, opened, tiny_tex
     for file in (tmp_path / "artifact").rglob("*"):
         assert file.is_dir() or str(chosen).encode() not in file.read_bytes(), file
     card = (tmp_path / "artifact" / "README.md").read_text()
-    assert "groups of 8 given channels of a head share" in card
+    assert "each group of 8 given channels of a head" in card
 
 
 def test_a_wrong_file_is_refused_before_anything_is_sampled(opened, tiny_text_file, tmp_path):

@@ -26,6 +26,9 @@ KINDS = (
     "corrupt",  # a downloaded file has a wrong byte
 )
 SLOW_SECONDS = 0.01
+SILENT = "silent"
+"""The request is carried out, and nothing is answered until the client gives up. Only by plan: each
+costs the time that the client waits."""
 
 
 def applies(kind: str, method: str, path: str) -> bool:

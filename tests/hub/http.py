@@ -6,12 +6,13 @@ import json
 import re
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub.faults import SLOW_SECONDS, STATUSES
+from hub.faults import SILENT, SLOW_SECONDS, STATUSES
 from hub.state import Blob
 
 if TYPE_CHECKING:
@@ -66,7 +67,10 @@ class HttpHandler(BaseHTTPRequestHandler):
             if fault == "conflict":
                 self.commit_first(url.path)
             answer = self.answer(url.path) if fault not in STATUSES else self.failure(fault)
-        if fault == "lost":
+        if fault == SILENT:
+            with suppress(OSError):
+                self.connection.recv(1)
+        if fault in ("lost", SILENT):
             return self.hang_up()
         if fault == "corrupt" and answer.content:
             middle = len(answer.content) // 2
@@ -117,7 +121,8 @@ class HttpHandler(BaseHTTPRequestHandler):
 
     def hang_up(self) -> None:
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # the client may be gone
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -405,7 +405,7 @@ def test_the_card_shows_generation_where_it_was_measured(calibration):
     section = {"tasks": ["passkey"], "items": 20, "seed": 0, "scores": scores}
     edit_json(quality, lambda q: q.update(generation=section))
     text = (export(calibration, calibration.parent / "out").folder / "README.md").read_text()
-    lines = text.splitlines()
+    lines = text.replace("\u00a0", " ").splitlines()
     assert "| Task, measure | full precision (fp32) | K 4c3b, V 8c4b |" in lines
     assert "| passkey, exact | 0.95 ± 0.0487 | 0.85 ± 0.0487 (-0.1 ± 0.0688) |" in lines
     assert "| passkey, exact, 256 tokens | 0.95 | 0.8 ± 0.0487 (-0.15 ± 0) |" in lines

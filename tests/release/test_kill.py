@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,10 @@ MOMENTS = [
     {"call": "cqtool.release.chain:push", "after": True},
     {"call": "cqtool.release.chain:verify"},
 ]
+CHAIN = (*STEPS, "push", "verify")
+KILLS = 10
+"""At random moments; tests/test_kill.py says of the others."""
+SEED = 0
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -72,18 +78,35 @@ def test_killed_in_every_step_it_continues_to_the_same_bytes(whole, cqtool, serv
     compare(expected, out, server)
 
 
-@pytest.mark.parametrize("seed", range(1))
 def test_killed_at_random_moments_it_continues_to_the_same_bytes(
-    whole, cqtool, server, tmp_path, seed
+    whole, cqtool, server, tmp_path, capsys
 ):
+    """Releases one after the other, each killed until it is complete."""
     expected, seconds, command = whole
-    rng, out = random.Random(seed), tmp_path / "release"
-    for _ in range(5):
-        run = cqtool(*command(out), kill={"seconds": rng.uniform(0, seconds)})
-        assert run.code in (0, -9), run.stderr
-    run = cqtool(*command(out))
-    assert run.code == 0, run.stderr
-    compare(expected, out, server)
+    rng, places, number = random.Random(SEED), Counter(), 0
+    while places.total() < KILLS:
+        number += 1
+        assert number <= 4 * KILLS
+        out = tmp_path / f"release-{number}"
+        code = -9
+        while code and places.total() < KILLS:
+            run = cqtool(*command(out), kill={"seconds": rng.uniform(0, seconds)})
+            code = run.code
+            assert code in (0, -9), run.stderr
+            if code:
+                places[place(run.stderr)] += 1
+        run = cqtool(*command(out))
+        assert run.code == 0, run.stderr
+        compare(expected, out, server)
+    with capsys.disabled():
+        said = ", ".join(f"{step} {count}" for step, count in places.most_common())
+        print(f"\nkill -9 of release: {said}")
+
+
+def place(stderr: str) -> str:
+    """The step that a release was in, by its log; opening the model belongs to the first."""
+    ended = re.findall(rf"^({'|'.join(CHAIN)}): (?:done|same),", stderr, re.MULTILINE)
+    return (*CHAIN, "complete")[len(ended)]
 
 
 def compare(expected: dict[str, str], out: Path, server: Any) -> None:
