@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import field_validator, model_serializer, model_validator
 
 from cqtool.errors import RecipeError
 from cqtool.recipe_texts import Section
-from cqtool.spec import GROUPS_SUFFIX, CQSpec, Grouping
+from cqtool.spec import GROUPS_SUFFIX, PAIRED_GROUPINGS, CQSpec, Grouping
 
 
 class Format(Section):
@@ -38,13 +38,13 @@ class Format(Section):
 class Groups(Section):
     """Which channels form groups; a single name stands for keys and values.
 
-    `pairs` alone is that of keys, and `correlation` for values, which nothing turns. The name of a
-    .safetensors file stands for groups that it lists, see
-    :func:`cqtool.codebooks.groups_file.read_groups`.
+    `pairs` and `balanced-pairs` alone are those of keys, with `correlation` and `balanced` for
+    values, which nothing turns. The name of a .safetensors file stands for groups that it lists,
+    see :func:`cqtool.codebooks.groups_file.read_groups`.
     """
 
     key: Grouping = "contiguous"
-    value: Literal["contiguous", "correlation", "file"] = "contiguous"
+    value: Literal["contiguous", "correlation", "balanced", "file"] = "contiguous"
     file: str | None = None
 
     @model_validator(mode="before")
@@ -54,7 +54,9 @@ class Groups(Section):
             return value
         if value.endswith(GROUPS_SUFFIX):
             return {"key": "file", "value": "file", "file": value}
-        return {"key": value, "value": "contiguous" if value == "contiguous" else "correlation"}
+        # A name that is none is complained of once, for keys.
+        known = value if value in get_args(Grouping) else "contiguous"
+        return {"key": value, "value": PAIRED_GROUPINGS.get(known, known)}
 
     @model_validator(mode="after")
     def _file_has_a_use(self) -> Self:

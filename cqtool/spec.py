@@ -19,14 +19,20 @@ KINDS: tuple[Kind, Kind] = ("key", "value")
 MAX_BITS = 16
 """Codes are held in at most 16 bits, so that they fit an int16/uint16 anywhere."""
 
-Grouping = Literal["contiguous", "correlation", "pairs", "file"]
+Grouping = Literal["contiguous", "correlation", "pairs", "balanced", "balanced-pairs", "file"]
 """Which channels of a head form a group: neighbours; those that correlate; for keys, whole RoPE
-pairs that correlate; or those that a file lists."""
+pairs that correlate; those that theory expects the least error of; the same for keys, with regard
+to RoPE's pairs; or those that a file lists."""
+
+PAIRED_GROUPINGS: dict[str, Grouping] = {"pairs": "correlation", "balanced-pairs": "balanced"}
+"""Groupings with regard to RoPE's pairs, which only keys have, and what values have beside them."""
 
 GROUPED_CHANNELS: dict[Grouping, str] = {
     "contiguous": "neighbouring channels",
     "correlation": "correlated channels",
     "pairs": "channels in correlated RoPE pairs",
+    "balanced": "channels in balanced groups",
+    "balanced-pairs": "channels in balanced groups of RoPE pairs",
     "file": "given channels",
 }
 """What a group consists of, for people."""
@@ -161,8 +167,12 @@ class CacheSpec:
     def __post_init__(self) -> None:
         if self.window < 0 or self.sinks < 0:
             raise RecipeError("window and sinks count tokens: use 0 or more.")
-        if any(code.grouping == "pairs" for code in self.codes("value")):
-            raise RecipeError("Nothing turns values, so they have no pairs; use 'correlation'.")
+        for code in self.codes("value"):
+            if code.grouping in PAIRED_GROUPINGS:
+                raise RecipeError(
+                    "Nothing turns values, so they have no pairs; use "
+                    f"'{PAIRED_GROUPINGS[code.grouping]}'."
+                )
         end = -1
         for codes in self.layers:
             if not end < codes.first <= codes.last:

@@ -75,9 +75,9 @@ def regrouped(format: CacheFormat, keys="random", seed=0) -> CacheFormat:
 
     Args:
         format: of coupled codes.
-        keys: ``random``; ``pairs`` for groups of whole RoPE pairs; ``mixed`` for the first head
-            contiguous and the others random; ``shuffled`` for contiguous groups in any order.
-            Values are always ``random``.
+        keys: ``random``; ``pairs`` for groups of whole RoPE pairs; ``partners`` for groups that
+            turn with each other; ``mixed`` for the first head contiguous and the others random;
+            ``shuffled`` for contiguous groups in any order. Values are always ``random``.
         seed: of the orders.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -97,11 +97,14 @@ def regrouped(format: CacheFormat, keys="random", seed=0) -> CacheFormat:
             order = torch.stack(
                 [groups[torch.randperm(len(groups), generator=generator)].flatten() for _ in order]
             )
-        elif keys == "pairs":
+        elif keys in ("pairs", "partners"):
             pairs = rope_pairs(layer.rotation, layer.key_dim)
-            order = torch.stack(
-                [pairs[torch.randperm(len(pairs), generator=generator)].flatten() for _ in order]
-            )
+            mixed = [pairs[torch.randperm(len(pairs), generator=generator)] for _ in order]
+            if keys == "partners":
+                channels = codecs.key.codebook.shape[3]
+                sides = [head.view(-1, channels, 2).transpose(1, 2).flatten(0, 1) for head in mixed]
+                mixed = [side[torch.randperm(len(side), generator=generator)] for side in sides]
+            order = torch.stack([head.flatten() for head in mixed])
         key = CQCodec(codecs.key.codebook, order)
         layers.append(LayerCodecs(key, CQCodec(codecs.value.codebook, orders(codecs.value))))
     return replace(format, layers=tuple(layers))

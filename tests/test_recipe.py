@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from synthetic_artifact import edit_json
 
-from cqtool.errors import RecipeError
+from cqtool.errors import ArtifactError, RecipeError
 from cqtool.files import digest_json
 from cqtool.recipe import (
     Recipe,
@@ -31,6 +32,19 @@ def refusal(folder: Path, text: str) -> str:
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(folder, text))
     return str(caught.value)
+
+
+def test_the_recipe_of_a_calibration_or_artifact(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"name": "mine", "format": "cq-4c8b", "sinks": 2, "grouping": "pairs"}
+    edit_json(calibration / "cq_config.json", lambda c: c.update(recipe=recipe))
+    monkeypatch.chdir(calibration.parent)
+    for place in (calibration.name, str(calibration)):
+        found = load_recipe(place, {"calibration.seed": 3})
+        assert (found.name, found.sinks, found.calibration.seed) == ("mine", 2, 3)
+    with pytest.raises(ArtifactError, match="neither a calibration folder nor an artifact"):
+        load_recipe(str(calibration.parent))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +236,8 @@ def test_groups_are_chosen_for_both_kinds_or_for_each(tmp_path: Path) -> None:
         ("", ("contiguous", "contiguous")),
         ("grouping: correlation\n", ("correlation", "correlation")),
         ("grouping: pairs\n", ("pairs", "correlation")),
+        ("grouping: balanced\n", ("balanced", "balanced")),
+        ("grouping: balanced-pairs\n", ("balanced-pairs", "balanced")),
         ("grouping: {key: pairs}\n", ("pairs", "contiguous")),
         ("grouping: {value: correlation}\n", ("contiguous", "correlation")),
         ("grouping: my/groups.safetensors\n", ("file", "file")),
@@ -238,7 +254,7 @@ def test_groups_are_chosen_for_both_kinds_or_for_each(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ("grouping: correlated", "'correlated' is not possible for 'grouping'. Did you mean "),
-        ("grouping: {value: pairs}", "'grouping.value'. Allowed: contiguous, correlation, file."),
+        ("grouping: {value: pairs}", "'grouping.value'. Allowed: contiguous, correlation, bal"),
         ("grouping: file", "write {key: file, value: file, file: groups.safetensors}"),
         ("grouping: {file: groups.safetensors}", "the name needs keys or values to use it for"),
         ("grouping: {keys: pairs}", "unknown key 'grouping.keys'. Did you mean 'key'?"),

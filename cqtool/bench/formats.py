@@ -13,7 +13,7 @@ from cqtool.bench.shapes import Shape
 from cqtool.codebooks.grouping import choose_groups
 from cqtool.errors import ArtifactError, RecipeError
 from cqtool.geometry import NO_ROTATION, KeyRotation, ModelGeometry
-from cqtool.spec import KINDS, CacheSpec, CQSpec, Grouping, Kind
+from cqtool.spec import KINDS, PAIRED_GROUPINGS, CacheSpec, CQSpec, Grouping, Kind
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class BenchFormat:
         key, value = self.spec.key.grouping, self.spec.value.grouping
         if key == value == "contiguous":
             return self.spec.name
-        # Values have no pairs: theirs go by correlation then.
-        same = key == value or (key, value) == ("pairs", "correlation")
+        # Values have no pairs: theirs go by the grouping without them then.
+        same = value == PAIRED_GROUPINGS.get(key, key)
         return f"{self.spec.name} {key if same else f'{key}/{value}'}"
 
     def layer_codebooks(
@@ -126,7 +126,8 @@ def parse_formats(
 ) -> list[BenchFormat]:
     """Formats by name, such as ``cq-8c8b`` or ``k-cq-4c8b-v-cq-8c8b``, each with each grouping.
 
-    The grouping ``pairs`` is that of keys; values, which have no pairs, go by correlation then.
+    Groupings with regard to pairs are those of keys; values, which have none, go by the grouping
+    without it.
 
     Raises:
         RecipeError: a name is none.
@@ -144,7 +145,7 @@ def _parse(name: str, window: int, sinks: int, grouping: Grouping) -> CacheSpec:
         key, value = name.removeprefix("k-").split("-v-", 1)
     return CacheSpec(
         replace(CQSpec.parse(key), grouping=grouping),
-        replace(CQSpec.parse(value), grouping="correlation" if grouping == "pairs" else grouping),
+        replace(CQSpec.parse(value), grouping=PAIRED_GROUPINGS.get(grouping, grouping)),
         window,
         sinks,
     )
@@ -157,7 +158,7 @@ def require_divisible(format: BenchFormat, shape: Shape) -> None:
         RecipeError: they do not.
     """
     key = format.spec.key
-    if key.grouping == "pairs" and key.channels % 2:
+    if key.grouping in PAIRED_GROUPINGS and key.channels % 2:
         raise RecipeError(
             f"Groups of {key.channels} channels cannot hold whole pairs; choose another --format, "
             "or --grouping correlation."

@@ -23,7 +23,7 @@ SUITES: Mapping[SuiteName, tuple[Part, ...]] = {
 """The fixed sets of cases, and the parts each of them has."""
 CACHES = ("dynamic", "static", "static-compiled", "cq")
 """The caches that text can be generated with."""
-GROUPINGS: tuple[Grouping, ...] = ("contiguous", "correlation", "pairs")
+GROUPINGS: tuple[Grouping, ...] = ("contiguous", "correlation", "pairs", "balanced-pairs")
 """The ways to group channels that random codebooks can have."""
 DTYPES = ("float16", "bfloat16", "float32")
 

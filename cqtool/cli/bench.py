@@ -75,8 +75,8 @@ def bench(
         typer.Option(
             "--grouping",
             metavar="GROUPING",
-            help="Which channels random codebooks group: contiguous (the default), correlation or "
-            "pairs. Each format is measured with each of them.",
+            help="Which channels random codebooks group: contiguous (the default), correlation, "
+            "pairs or balanced-pairs. Each format is measured with each of them.",
             show_default=False,
         ),
     ] = None,

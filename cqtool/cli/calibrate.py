@@ -40,7 +40,10 @@ def calibrate(
     recipe: Annotated[
         str,
         typer.Option(
-            "--recipe", metavar="RECIPE", help="Name of a shipped recipe, or path of a YAML file."
+            "--recipe",
+            metavar="RECIPE",
+            help="Name of a shipped recipe, path of a YAML file, or folder of a calibration or "
+            "artifact to take it from.",
         ),
     ] = "cq-8c8b",
     dataset: options.DatasetsOption = None,
@@ -65,11 +68,11 @@ def calibrate(
         ),
     ] = None,
     grouping: Annotated[
-        Literal["contiguous", "correlation", "pairs"] | None,
+        Literal["contiguous", "correlation", "pairs", "balanced", "balanced-pairs"] | None,
         typer.Option(
             "--grouping",
-            help="Which channels are coded together: neighbours, correlated ones, or correlated "
-            "RoPE pairs.",
+            help="Which channels are coded together: neighbours, correlated ones, or those "
+            "with the least error by theory; with regard to RoPE's pairs, keys decode faster.",
             show_default=False,
         ),
     ] = None,

@@ -163,17 +163,21 @@ def fit_layer(
     for kind in KINDS:
         code = spec.code(kind)
         samples = store.load(layer, kind)
+        gradients = None if objective == "uniform" else store.load_gradients(layer, kind)
+        moment = None if objective != "query" else store.load_moment(layer, kind)
         turned = rotation if kind == "key" else NO_ROTATION
         if code.grouping == "file":
             assert given is not None
             order: Tensor | None = given[kind]
         else:
-            order = choose_groups(samples, code.grouping, code.channels, turned)
+            cost = moment
+            if cost is None and gradients is not None:
+                cost = gradients.square().mean(dim=0).diag_embed()
+            order = choose_groups(samples, code.grouping, code.channels, turned, cost)
         channels[kind], extras[kind] = order, {}
         weights = None
-        if objective != "uniform":
-            gradients = _in_order(store.load_gradients(layer, kind), order)
-            weights = fisher_weights(gradients, code.channels)
+        if gradients is not None:
+            weights = fisher_weights(_in_order(gradients, order), code.channels)
         if code.gain == "token":
             extras[kind]["gains"] = gain_table(samples)
             gains = sample_gains(samples, extras[kind]["gains"])
@@ -183,7 +187,8 @@ def fit_layer(
             weights = own if weights is None else weights * own
         metric = None
         if code.encoding != "nearest":
-            whole = head_metric(store.load_moment(layer, kind), order)
+            assert moment is not None
+            whole = head_metric(moment, order)
             metric = unit_trace(group_metrics(whole, code.channels))
             extras[kind] |= _encoder(whole, metric, code)
         points = split_groups(_in_order(samples, order), code.channels)

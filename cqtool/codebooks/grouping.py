@@ -1,8 +1,10 @@
-"""Which channels of a head are coded together: groups chosen by how channels correlate.
+"""Which channels of a head are coded together, chosen from the samples.
 
 Coupling pays where channels depend on each other. Contiguous groups couple whatever the model's
 weights happen to put side by side, as Zhang et al. (arXiv 2405.03917) do; here each head's channels
-are gathered greedily by absolute correlation, which is in the spirit of TaSQ's covariance groups.
+are gathered greedily by absolute correlation, which is in the spirit of TaSQ's covariance groups,
+and for balanced groups exchanged until the error that theory expects is small
+(:mod:`cqtool.codebooks.balance`).
 """
 
 from __future__ import annotations
@@ -10,22 +12,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cqtool.codebooks.balance import balanced_groups, modelled_error
 from cqtool.errors import RecipeError
-from cqtool.geometry import KeyRotation, ModelGeometry
-from cqtool.spec import CacheSpec, Grouping
+from cqtool.geometry import NO_ROTATION, KeyRotation, ModelGeometry
+from cqtool.spec import PAIRED_GROUPINGS, CacheSpec, Grouping
 
 
 def choose_groups(
-    samples: Tensor, grouping: Grouping, channels: int, rotation: KeyRotation
+    samples: Tensor,
+    grouping: Grouping,
+    channels: int,
+    rotation: KeyRotation,
+    metric: Tensor | None = None,
 ) -> Tensor | None:
     """Choose the groups of every head of a layer.
 
     Args:
         samples: ``[tokens, kv_heads, head_dim]``, keys before RoPE.
         grouping: how, not ``file``; ``pairs`` chooses as ``correlation`` does where the layer turns
-            nothing.
+            nothing, and ``balanced-pairs`` as ``balanced``.
         channels: channels of a group, a divisor of head_dim.
         rotation: how RoPE turns these samples; that of values is ``NO_ROTATION``.
+        metric: what errors cost, ``[kv_heads, head_dim, head_dim]``: an error e costs e M e^T. Read
+            by the balanced groupings only; None for the Euclidean one.
 
     Returns:
         int64 ``[kv_heads, head_dim]``: place p of the grouped order holds model channel
@@ -38,7 +47,10 @@ def choose_groups(
     assert grouping != "file"
     if grouping == "contiguous":
         return None
-    if grouping == "pairs" and rotation.style != "none":
+    turned = grouping in PAIRED_GROUPINGS and rotation.style != "none"
+    if grouping.startswith("balanced"):
+        return balanced(samples, channels, metric, rotation if turned else NO_ROTATION)
+    if turned:
         return pair_groups(samples, channels, rotation)
     return correlation_groups(samples, channels)
 
@@ -49,14 +61,15 @@ def check_grouping(spec: CacheSpec, geometry: ModelGeometry) -> None:
     Raises:
         RecipeError: the model turns no keys, or a group would have to cut a pair.
     """
-    if spec.key.grouping != "pairs":
+    grouping = spec.key.grouping
+    if grouping not in PAIRED_GROUPINGS:
         return
     for code in spec.codes("key"):
         _check_even(code.channels)
     if all(layer.rotation.style == "none" for layer in geometry.layers):
         raise RecipeError(
-            "The grouping 'pairs' keeps RoPE's pairs of key channels together, but this model has "
-            "no RoPE; use 'correlation'."
+            f"The grouping '{grouping}' keeps RoPE's pairs of key channels together, but this "
+            f"model has no RoPE; use '{PAIRED_GROUPINGS[grouping]}'."
         )
 
 
@@ -90,11 +103,68 @@ def pair_groups(samples: Tensor, channels: int, rotation: KeyRotation) -> Tensor
     if rotation.style == "none":
         raise RecipeError("A layer without RoPE has no pairs; use the grouping 'correlation'.")
     pairs = rope_pairs(rotation, samples.shape[2])
-    single = absolute_correlation(samples)[:, pairs.flatten()][:, :, pairs.flatten()]
-    count = len(pairs)
-    between = single.view(-1, count, 2, count, 2).sum(dim=(2, 4))
-    between.diagonal(dim1=1, dim2=2).zero_()
+    between = _between_pairs(absolute_correlation(samples), pairs)
     return _ordered(pairs[_greedy(between, channels // 2)].flatten(2))
+
+
+def balanced(
+    samples: Tensor, channels: int, metric: Tensor | None, rotation: KeyRotation = NO_ROTATION
+) -> Tensor:
+    """Groups with the least error by theory, by exchanges that start from correlation.
+
+    Where channels are turned, the groups are such that kernels need not rearrange keys: each holds
+    whole RoPE pairs, or what one holds turns with what another one holds; of the two kinds a layer
+    has the one with the lesser error, since its heads share a kernel.
+
+    Args:
+        samples: ``[tokens, kv_heads, head_dim]``.
+        channels: channels of a group.
+        metric: what errors cost, ``[kv_heads, head_dim, head_dim]``; None for the Euclidean one.
+        rotation: how the samples are turned.
+
+    Returns:
+        As :func:`choose_groups`.
+
+    Raises:
+        RecipeError: channels are turned and `channels` is odd.
+    """
+    centred = [head.double() - head.double().mean(dim=0) for head in samples.unbind(dim=1)]
+    covariance = torch.stack([head.T @ head / len(head) for head in centred])
+    if metric is None:
+        metric = torch.eye(samples.shape[2]).expand_as(covariance)
+    correlation = absolute_correlation(samples)
+    if rotation.style == "none":
+        starts = [_greedy(correlation, channels)[:, None, :, :, None]]
+    else:
+        starts = _turned_starts(correlation, channels, rotation)
+    found = [balanced_groups(covariance, metric, start) for start in starts]
+    errors = [float(modelled_error(covariance, metric, groups).sum()) for groups in found]
+    return _ordered(found[errors.index(min(errors))])
+
+
+def _turned_starts(correlation: Tensor, channels: int, rotation: KeyRotation) -> list[Tensor]:
+    """Groups to start from, of each kind there can be, as :func:`balanced_groups` wants them."""
+    _check_even(channels)
+    dim = correlation.shape[1]
+    pairs = rope_pairs(rotation, dim)
+    between = _between_pairs(correlation, pairs)
+    partnered = []
+    if rotation.dim == dim and len(pairs) % channels == 0:
+        # The first channels of some pairs in a group, their second ones in its partner.
+        chosen = pairs[_greedy(between, channels)]
+        partnered.append(chosen.movedim(-1, 1)[..., None])
+    if channels == 2 and partnered:
+        # A group of one pair leaves no choice, and the kernels no gain.
+        return partnered
+    return [pairs[_greedy(between, channels // 2)][:, None], *partnered]
+
+
+def _between_pairs(correlation: Tensor, pairs: Tensor) -> Tensor:
+    """How pairs of channels correlate: ``[heads, pairs, pairs]``, 0 on the diagonal."""
+    single = correlation[:, pairs.flatten()][:, :, pairs.flatten()]
+    between = single.view(-1, len(pairs), 2, len(pairs), 2).sum(dim=(2, 4))
+    between.diagonal(dim1=1, dim2=2).zero_()
+    return between
 
 
 def rope_pairs(rotation: KeyRotation, dim: int) -> Tensor:
@@ -160,6 +230,6 @@ def _ordered(groups: Tensor) -> Tensor:
 def _check_even(channels: int) -> None:
     if channels % 2:
         raise RecipeError(
-            f"The grouping 'pairs' keeps two channels together, so groups of {channels} cannot be "
-            "filled; couple an even number of channels, or use 'correlation'."
+            f"RoPE turns two channels together, so groups of {channels} cannot be filled with its "
+            "pairs; couple an even number of channels, or use 'correlation' or 'balanced'."
         )

@@ -91,7 +91,12 @@ def test_groups_of_any_channels_are_timed_and_checked_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("grouping", "pairing"),
-    [("contiguous", "paired"), ("correlation", "scatter"), ("pairs", "closed")],
+    [
+        ("contiguous", "paired"),
+        ("correlation", "scatter"),
+        ("pairs", "closed"),
+        ("balanced-pairs", "closed"),
+    ],
 )
 def test_random_groups_are_those_of_a_calibration(grouping: Any, pairing: str) -> None:
     (format,) = parse_formats(["cq-8c8b"], groupings=[grouping])

@@ -14,7 +14,7 @@ from cqtool.bench.formats import (
     require_divisible,
     require_geometry,
 )
-from cqtool.bench.settings import BenchSettings, make_settings
+from cqtool.bench.settings import GROUPINGS, BenchSettings, make_settings
 from cqtool.bench.shapes import SHAPES
 from cqtool.bench.suites import TARGET_LOADS, decode_target
 from cqtool.errors import ArtifactError, RecipeError
@@ -83,14 +83,17 @@ def test_formats_by_name_with_keys_and_values_of_their_own() -> None:
 
 def test_each_format_comes_with_each_grouping_and_values_have_no_pairs() -> None:
     names = ["cq-8c8b", "k-cq-4c8b-v-cq-8c8b"]
-    found = parse_formats(names, groupings=("contiguous", "correlation", "pairs"))
+    found = parse_formats(names, groupings=GROUPINGS)
     assert [format.name for format in found] == [
-        name + ending for name in names for ending in ("", " correlation", " pairs")
+        name + ending
+        for name in names
+        for ending in ("", *(f" {grouping}" for grouping in GROUPINGS[1:]))
     ]
-    assert [(format.spec.key.grouping, format.spec.value.grouping) for format in found[3:]] == [
+    assert [(format.spec.key.grouping, format.spec.value.grouping) for format in found[4:]] == [
         ("contiguous", "contiguous"),
         ("correlation", "correlation"),
         ("pairs", "correlation"),
+        ("balanced-pairs", "balanced"),
     ]
     (odd,) = parse_formats(["cq-1c2b"], groupings=("pairs",))
     with pytest.raises(RecipeError, match="Groups of 1 channels cannot hold whole pairs"):

@@ -139,6 +139,8 @@ def test_formats_of_keys_and_values_are_independent(key, value, attended):
         ("wide-llama", (4, 8), "mixed", "scatter"),
         ("wide-llama", (2, 8), "pairs", "scatter"),
         ("wide-llama", (4, 8), "shuffled", "paired"),
+        ("wide-llama", (2, 8), "partners", "paired"),
+        ("wide-llama", (8, 8), "partners", "paired"),
         ("wide-phi", (8, 8), "pairs", "closed"),
         ("wide-phi", (4, 8), "random", "scatter"),
         ("wide-cohere2", (8, 8), "pairs", "closed"),
