@@ -12,10 +12,11 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +25,37 @@ from cqtool.errors import EnvironmentProblem
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
+_ELSEWHERE = "choose another folder with --out"
 _OS_REMEDIES = {
-    errno.ENOSPC: "the disk is full; free some space or choose another folder with --out",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder with --out",
-    errno.EACCES: "permission denied; choose a folder you may write to with --out",
-    errno.EPERM: "permission denied; choose a folder you may write to with --out",
-    errno.EROFS: "the file system is read-only; choose another folder with --out",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another folder with --out",
+    errno.ENOSPC: "the disk is full; free some space or {elsewhere}",
+    errno.EDQUOT: "the disk quota is used up; free some space or {elsewhere}",
+    errno.EFBIG: "no file may be that large here; raise the limit (`ulimit -f`) or {elsewhere}",
+    errno.EIO: "a disk fails (input/output error); look at the system's log, or {elsewhere}",
+    errno.EACCES: "permission denied; {elsewhere}",
+    errno.EPERM: "permission denied; {elsewhere}",
+    errno.EROFS: "the file system is read-only; {elsewhere}",
+    errno.ENOTDIR: "a file stands where a folder is needed; {elsewhere}",
 }
 
 
 @contextmanager
-def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn an :class:`OSError` while writing `path` into a sentence with its fix."""
+def explain_os_errors(path: Path, elsewhere: str = _ELSEWHERE) -> Iterator[None]:
+    """Turn an :class:`OSError` while writing `path` into a sentence with its fix.
+
+    `elsewhere` says what to do for another place.
+    """
     try:
         yield
-    except OSError as error:
-        remedy = _OS_REMEDIES.get(error.errno or 0)
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # Rust (safetensors, the Hub's Xet) has exceptions of its own, with the errno in the text.
+        if number is None and (found := re.search(r"\bos error (\d+)\b", str(error))):
+            number = int(found[1])
+        remedy = _OS_REMEDIES.get(number or 0)
         if remedy is None:
             raise
-        raise EnvironmentProblem(f"Cannot write {path}: {remedy}.") from error
-    except Exception as error:
-        # safetensors reports I/O failures as its own exception type, with the errno in the text.
-        for number, remedy in _OS_REMEDIES.items():
-            if f"os error {number}" in str(error):
-                raise EnvironmentProblem(f"Cannot write {path}: {remedy}.") from error
-        raise
+        said = remedy.format(elsewhere=elsewhere)
+        raise EnvironmentProblem(f"Cannot write {path}: {said}.") from error
 
 
 @contextmanager
@@ -79,6 +85,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success it takes the place of `path`.
 
     A folder that stands at `path` is swapped out and removed only after the new one is complete.
+    What a killed process left of its own is removed first.
 
     Raises:
         EnvironmentProblem: the disk is full, or `path` cannot be written.
@@ -87,7 +94,8 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         _make_folder(path.parent)
         if path.exists() and not path.is_dir():
             raise _not_a_folder(path)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        _remove_abandoned(path)
+        temporary, handle = _own_folder(path)
         try:
             yield temporary
             temporary.chmod(0o755)
@@ -97,6 +105,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
                 temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            os.close(handle)
 
 
 def remove_leftovers(path: Path, work: Path) -> None:
@@ -105,7 +114,7 @@ def remove_leftovers(path: Path, work: Path) -> None:
 
     Nobody else may be writing either of them.
     """
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+    for folder in _beside(path):
         shutil.rmtree(folder, ignore_errors=True)
     # All hidden files, because safetensors writes beside its destination too, as .tmpXXXXXX.
     for file in work.rglob(".*"):
@@ -118,6 +127,41 @@ def cache_root() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(f"{base}/cqtool").expanduser()
+
+
+def _beside(path: Path) -> Iterator[Path]:
+    return path.parent.glob(f".{glob.escape(path.name)}.????????.tmp")
+
+
+def _own_folder(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path`, and a handle: as long as it is open, the folder is locked."""
+    import fcntl  # not on Windows, where an artifact's runtime imports this module, too
+
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        # Until it is locked, another process may take it for abandoned and remove it.
+        with suppress(FileNotFoundError):
+            handle = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):
+                # Where a file system has no such locks, nothing counts as abandoned.
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, handle
+            os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the folders beside `path` whose process has ended; its lock ended with it."""
+    import fcntl
+
+    for folder in _beside(path):
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 def _make_folder(path: Path) -> None:

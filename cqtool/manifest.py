@@ -40,8 +40,12 @@ _PROVENANCE: dict[str, type | tuple[type, ...]] = {
     "base_fingerprint": str,
 }
 """Fields of ``provenance``, and the types that they may have."""
+EVALUATION_NAME = ".eval_results/cqtool.yaml"
+"""What an artifact itself says to the Hub of its scores on benchmarks."""
 _HUB_METADATA = (".gitattributes", ".cache/huggingface", ".git")
 """What the Hub and its clients add to every repository; no part of an artifact."""
+_EVALUATIONS = ".eval_results/"
+"""Where anybody may propose scores on the Hub: a release is not damaged by their being taken."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,8 @@ def artifact_files(folder: Path) -> dict[str, Path]:
 
 def is_hub_metadata(name: str) -> bool:
     """Whether the relative path `name` belongs to the Hub or its client, not to the artifact."""
+    if name.startswith(_EVALUATIONS):
+        return name != EVALUATION_NAME
     return any(name == own or name.startswith(own + "/") for own in _HUB_METADATA)
 
 

@@ -201,17 +201,20 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a shipped recipe or a YAML file.
+    """Read a shipped recipe, a YAML file, or what a calibration or artifact was made with.
 
     Args:
-        name_or_path: a name of :func:`recipe_names`, or the path of a YAML file.
+        name_or_path: a name of :func:`recipe_names`, or the path of a YAML file or such a folder.
         overrides: values by dotted key, such as `{"calibration.seed": 1}`, that replace the file's.
 
     Raises:
+        ArtifactError: it is a folder of something else, or damaged.
         RecipeError: there is no such recipe, or a key or value is wrong; says where and what is
             allowed.
     """
     path = _find(name_or_path)
+    if path.is_dir():
+        return recipe_of(path, overrides)
     value, lines = read_yaml(path)
     return recipe_from(value, overrides or {}, origin=str(path), lines=lines)
 
@@ -278,11 +281,13 @@ def _find(name_or_path: str) -> Path:
     names = recipe_names()
     if name_or_path in names:
         return recipe_folder() / f"{name_or_path}.yaml"
+    if (path / CONFIG_NAME).is_file():
+        return path
     close = get_close_matches(name_or_path, names, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise RecipeError(
         f"There is no recipe '{name_or_path}'.{hint} Shipped are {', '.join(names)}; or give the "
-        "path of a YAML file."
+        "path of a YAML file, or of a calibration or artifact."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
 import threading
@@ -184,6 +185,8 @@ def test_a_refused_swap_falls_back_to_two_renames(tmp_path, monkeypatch):
         (errno.EDQUOT, "quota"),
         (errno.EACCES, "permission denied"),
         (errno.EROFS, "read-only"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EIO, "input/output error"),
     ],
 )
 @pytest.mark.parametrize("writer", [atomic_file, atomic_dir])
@@ -197,6 +200,42 @@ def test_what_the_system_refuses_becomes_a_sentence_with_a_remedy(
     assert sentence in str(caught.value) and "--out" in str(caught.value)
     assert caught.value.exit_code == 1
     assert names(tmp_path) == []
+
+
+def test_what_killed_processes_left_goes_and_what_others_are_writing_stays(tmp_path):
+    path = tmp_path / "o[u]t"
+    mine = [tmp_path / ".o[u]t.mine.tmp", tmp_path / ".out.abandone.tmp"]
+    for folder in (tmp_path / ".o[u]t.abandone.tmp", *mine):
+        (folder / "deep").mkdir(parents=True)
+    (tmp_path / ".o[u]t.somefile.tmp").write_text("no folder")
+    with atomic_dir(path) as first:
+        with atomic_dir(path) as second:
+            fill(second, "second")
+            assert first.is_dir() and not (tmp_path / ".o[u]t.abandone.tmp").exists()
+        fill(first, "first")
+    kept = {"o[u]t", ".o[u]t.somefile.tmp", *(folder.name for folder in mine)}
+    assert content(path) == {"first"} and set(names(tmp_path)) == kept
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
+def test_a_folder_taken_for_abandoned_too_early_is_made_again(moment, tmp_path, monkeypatch):
+    place = files.os if moment == "before it is opened" else fcntl
+    name = "open" if place is files.os else "flock"
+    act, taken = getattr(place, name), []
+
+    def late(*arguments):
+        if not taken:
+            monkeypatch.setattr(place, name, act)
+            (folder,) = tmp_path.iterdir()
+            taken.append(folder)
+            files._remove_abandoned(tmp_path / "out")
+            assert not folder.exists()
+        return act(*arguments)
+
+    monkeypatch.setattr(place, name, late)
+    with atomic_dir(tmp_path / "out") as temporary:
+        fill(temporary, "new")
+    assert taken and content(tmp_path / "out") == {"new"} and names(tmp_path) == ["out"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -232,6 +271,8 @@ def test_safetensors_own_exception_is_understood_and_others_pass_through(tmp_pat
 
     with pytest.raises(EnvironmentProblem, match="disk is full"), atomic_file(tmp_path / "x"):
         raise SafetensorError("Error: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError), atomic_file(tmp_path / "x"):
+        raise SafetensorError("Error: I/O error: not one of ours (os error 282)")
     with pytest.raises(SafetensorError, match="header"), atomic_file(tmp_path / "x"):
         raise SafetensorError("Error: invalid header")
     with pytest.raises(IsADirectoryError), atomic_file(tmp_path / "x"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cqtool.errors import ArtifactError
-from cqtool.manifest import build_manifest, verify_folder, write_manifest
+from cqtool.manifest import build_manifest, read_manifest, verify_folder, write_manifest
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_folder_without_manifest_is_no_artifact(folder: Path) -> None:
 @pytest.mark.parametrize(
     "path",
     ["../a.bin", "/etc/passwd", "reports/../../x", "", ".", "a//b", "a\\b", "C:x", "a\nb",
-     "manifest.json", ".git/config"],
+     "manifest.json", ".git/config", ".eval_results/gsm8k.yaml"],
 )  # fmt: skip
 def test_paths_that_lead_out_or_are_no_part_are_refused(folder: Path, path: str) -> None:
     edit(folder, lambda m: m["files"].update({path: m["files"]["a.bin"]}))
@@ -179,4 +179,20 @@ def test_what_the_hub_client_adds_is_no_part_of_the_artifact(folder: Path) -> No
     assert build_manifest(folder) == before
     (folder / ".cache" / "other").write_text("x")
     with pytest.raises(ArtifactError, match=r"\.cache/other"):
+        verify_folder(folder)
+
+
+def test_scores_that_others_propose_are_no_part_of_it_and_its_own_are(folder: Path) -> None:
+    scores = folder / ".eval_results"
+    scores.mkdir()
+    (scores / "cqtool.yaml").write_text("- value: 1\n")
+    write_manifest(folder)
+    assert ".eval_results/cqtool.yaml" in read_manifest(folder)
+    (scores / "somebody.yaml").write_text("- value: 100\n")
+    verify_folder(folder)
+    (scores / "cqtool.yaml").write_text("- value: 2\n")
+    with pytest.raises(ArtifactError, match=r"cqtool\.yaml does not have the digest"):
+        verify_folder(folder)
+    (scores / "cqtool.yaml").unlink()
+    with pytest.raises(ArtifactError, match=r"lacks \.eval_results/cqtool\.yaml"):
         verify_folder(folder)

@@ -174,7 +174,7 @@ def test_python_objects_are_not_built(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_offers_the_nearest() -> None:
-    with pytest.raises(RecipeError, match=r"Did you mean cq-8c8b\?.*cq-2c8b, cq-4c8b"):
+    with pytest.raises(RecipeError, match=r"Did you mean cq-8c8b\?.*cq-2c8b, cq-2c8b-bal"):
         load_recipe("cq-8c8")
 
 

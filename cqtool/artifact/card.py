@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from cqtool.artifact.card_commands import calibrate_command, mixture_recipe, tune_command
+from cqtool.artifact.card_commands import needed_files, rebuild_command
 from cqtool.artifact.card_content import LOCAL_MODEL, CardContent
 from cqtool.artifact.card_format import OBJECTIVES, format_section, kept_tokens
 from cqtool.artifact.card_measured import headline, memory_section, quality_section
+from cqtool.artifact.card_results import index_results, result_name
 from cqtool.artifact.card_runtime import runtime_limit, runtime_section
 from cqtool.artifact.markdown import dataset, plain
 from cqtool.artifact.names import is_hub_id, public_name
@@ -80,14 +82,31 @@ def card_metadata(content: CardContent) -> ModelCardData:
     config, base = content.config, content.config.base_model
     texts = [part.get("dataset") for part in text_parts(config.calibration.dataset)]
     named = [text for text in texts if isinstance(text, str) and is_hub_id(text)]
+    results = index_results(content)
     return ModelCardData(
         base_model=base.id if is_hub_id(base.id) else None,
         base_model_relation="quantized" if is_hub_id(base.id) else None,
         library_name="cqtool",
         license=base.license,
+        license_name=base.license_name,
+        license_link=_license_link(content),
         datasets=list(dict.fromkeys(named)) or None,
         tags=[*_TAGS, *([] if content.kernels is None else [GENERATE_NAME]), config.cache.name],
+        model_name=result_name(content) if results else None,
+        eval_results=results or None,
     )
+
+
+def _license_link(content: CardContent) -> str | None:
+    """Where the license's text is; a file of the base model's repository by its address there."""
+    base = content.config.base_model
+    link = base.license_link
+    if link is None or "://" in link:
+        return link
+    if not is_hub_id(base.id):
+        return None
+    path = quote(link.removeprefix("./"))
+    return f"https://huggingface.co/{base.id}/blob/{quote(base.revision or 'main')}/{path}"
 
 
 def _introduction(content: CardContent) -> Iterator[str]:
@@ -170,18 +189,16 @@ def _calibration(content: CardContent) -> Iterator[str]:
     )
     if config.tuned:
         yield (
-            "The fitted codebooks were then tuned end to end, on further sequences of "
-            f"{'this text' if 'parts' not in data.dataset else 'these texts'}; "
-            "`calibration.json` has the settings and the figures."
+            "The fitted codebooks were then tuned end to end, on further text; `calibration.json` "
+            "names it, and has the settings and the figures."
         )
-    mixture = mixture_recipe(content)
-    if mixture is None:
-        yield "To fit them again:"
-    else:
-        yield "To fit them again, put these texts into a copy `recipe.yaml` of the recipe, and run:"
-        yield f"```yaml\n{mixture}\n```"
-    tuning = f"\n{tune_command(content)}" if config.tuned else ""
-    yield f"```bash\n{calibrate_command(content)}{tuning}\n```"
+    files = [f"`{plain(name)}`" for name in needed_files(content)]
+    where = f", run in a folder that holds {' and '.join(files)}" if files else ""
+    yield (
+        "The whole recipe is in `cq_config.json`. This makes the codebooks again from it, and "
+        f"compares the bytes{where}:"
+    )
+    yield f"```bash\n{rebuild_command(content)}\n```"
 
 
 def _texts(source: Mapping[str, Any]) -> str:

@@ -6,17 +6,11 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
-from cqtool.artifact.card_content import CardContent
+from cqtool.artifact.card_content import LOCAL_MODEL, CardContent
 from cqtool.artifact.markdown import one_line
 from cqtool.artifact.measured import QualityReport, QualityRow
 from cqtool.artifact.names import is_hub_id, public_name
 from cqtool.layout.config import text_parts
-from cqtool.spec import CacheSpec
-
-MIXTURE_RECIPE = "recipe.yaml"
-"""The recipe that names several texts, whose splits and shares no option can."""
 
 
 def check_command(content: CardContent, quality: QualityReport, own: QualityRow) -> str:
@@ -52,61 +46,26 @@ def _compare_name(row: QualityRow) -> str:
     return f"{row.name}:{row.objective}" if row.objective else row.name
 
 
-def calibrate_command(content: CardContent) -> str:
-    """The `cqtool calibrate` that fits the same codebooks, with every choice spelled out."""
-    config, data = content.config, content.config.calibration
-    kmeans = config.recipe.get("kmeans")
-    iterations = kmeans.get("iterations") if isinstance(kmeans, dict) else None
-    mixed = len(text_parts(data.dataset)) > 1
-    return _command(
-        f"cqtool calibrate {content.model_argument} --out calibration",
-        ("--recipe", config.recipe.get("name") if not mixed else MIXTURE_RECIPE),
-        *([] if mixed else _text_options(data.dataset)),
-        ("--sequences", data.sequences),
-        ("--sequence-length", data.sequence_length),
-        ("--seed", data.seed),
-        ("--objective", config.objective),
-        ("--grouping", grouping_option(config.cache)),
-        ("--iterations", iterations),
-        ("--window", config.cache.window),
-        ("--sinks", config.cache.sinks),
-    )
+def samples_command(content: CardContent) -> str:
+    """The `cqtool calibrate` that collects the samples again to which other formats were fitted."""
+    return f"cqtool calibrate {content.model_argument} --recipe artifact --out calibration"
 
 
-def mixture_recipe(content: CardContent) -> str | None:
-    """What :data:`MIXTURE_RECIPE` says of the texts, as YAML; None where there is one text, which
-    the command's options name."""
-    parts = text_parts(content.config.calibration.dataset)
-    if len(parts) == 1:
-        return None
-    fields = ("config", "split", "column", "revision", "share")
-    texts = [
-        {"dataset": _dataset_argument(part.get("dataset"))}
-        | {name: part[name] for name in fields if part.get(name) is not None}
-        for part in parts
-    ]
-    # A value of several lines could end the code block that it stands in.
-    texts = [{n: one_line(v) if isinstance(v, str) else v for n, v in t.items()} for t in texts]
-    recipe = {"calibration": {"dataset": texts}}
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=10_000).rstrip()
+def rebuild_command(content: CardContent) -> str:
+    """The command that makes the codebooks again and compares the bytes."""
+    base = content.config.base_model.id
+    model = "demo" if content.is_demo else None if is_hub_id(base) else LOCAL_MODEL
+    return f"cqtool verify {content.repo} --rebuild" + (f" --model {model}" if model else "")
 
 
-def grouping_option(cache: CacheSpec) -> str | None:
-    """The option's value; None for the default, and for mixtures that only a recipe can name."""
-    pair = cache.key.grouping, cache.value.grouping
-    names = {("correlation", "correlation"): "correlation", ("pairs", "correlation"): "pairs"}
-    return names.get(pair)
-
-
-def tune_command(content: CardContent) -> str:
-    """The `cqtool tune` that goes on from :func:`calibrate_command`."""
-    tuning = content.config.recipe.get("tuning")
-    names = ("steps", "learning_rate", "batch", "sequences", "sequence_length", "held_out")
-    settings = {name: tuning.get(name) for name in names} if isinstance(tuning, dict) else {}
-    return _command(
-        f"cqtool tune {content.model_argument} calibration --out tuned",
-        *((f"--{name.replace('_', '-')}", value) for name, value in settings.items()),
-    )
+def needed_files(content: CardContent) -> list[str]:
+    """Local files of whoever calibrated, by name, without which nothing can be made again."""
+    config = content.config
+    texts = [part.get("dataset") for part in text_parts(config.calibration.dataset)]
+    grouping = config.recipe.get("grouping")
+    groups = grouping.get("file") if isinstance(grouping, dict) else None
+    local = [text for text in texts if isinstance(text, str) and not _is_public(text)]
+    return [public_name(path) for path in [*local, groups] if isinstance(path, str)]
 
 
 def _command(start: str, *options: tuple[str, object]) -> str:
@@ -130,4 +89,8 @@ def _text_options(source: Mapping[str, Any]) -> list[tuple[str, object]]:
 def _dataset_argument(name: object) -> str | None:
     if not isinstance(name, str):
         return None
-    return name if is_hub_id(name) or name == "demo" else f"PATH/TO/{public_name(name)}"
+    return name if _is_public(name) else f"PATH/TO/{public_name(name)}"
+
+
+def _is_public(text: str) -> bool:
+    return is_hub_id(text) or text == "demo"

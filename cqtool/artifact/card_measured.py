@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cqtool.artifact.card_commands import check_command
+from cqtool.artifact.card_commands import check_command, samples_command
 from cqtool.artifact.card_content import CardContent
 from cqtool.artifact.card_format import OBJECTIVES, kept_tokens
 from cqtool.artifact.markdown import dataset, number, plain, size, table
@@ -83,9 +83,10 @@ def quality_section(content: CardContent) -> Iterator[str]:
             for gate in quality.gates
         )
     again = check_command(content, quality, own)
-    needs = ", with the samples of the calibration below" if "--samples" in again else ""
+    samples = f"{samples_command(content)}\n" if "--samples" in again else ""
+    needs = ", with samples collected again for the formats that were fitted" if samples else ""
     yield f"To measure it again{needs}:"
-    yield f"```bash\n{download}{again}\n```"
+    yield f"```bash\n{download}{samples}{again}\n```"
     versions = [f"{plain(name)} {plain(value)}" for name, value in quality.versions.items()]
     yield (
         f"Measured on {'the CPU' if quality.device == 'cpu' else plain(quality.device)} in "

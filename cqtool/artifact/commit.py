@@ -133,10 +133,10 @@ def set_tag(remote: RemoteRepo, tag: str, commit: str) -> None:
     Raises:
         HubError: somebody else took the name at the same moment.
     """
-    if tag in remote.tags():
+    if tag in remote.refs().tags:
         return
     remote.again(
         lambda: remote.api.create_tag(remote.repo_id, tag=tag, revision=commit, exist_ok=True)
     )
-    if remote.tags().get(tag) != commit:
+    if remote.refs().tags.get(tag) != commit:
         raise HubError(conflict(remote.repo_id))

@@ -12,6 +12,7 @@ from typing import Any
 
 from cqtool.artifact.card import render_card
 from cqtool.artifact.card_content import CardContent
+from cqtool.artifact.card_results import benchmark_results
 from cqtool.artifact.measured import read_quality
 from cqtool.artifact.names import check_repo_id
 from cqtool.artifact.private import hide_local_paths
@@ -33,6 +34,7 @@ from cqtool.layout.config import (
     read_config,
 )
 from cqtool.manifest import (
+    EVALUATION_NAME,
     MANIFEST_NAME,
     artifact_files,
     is_hub_metadata,
@@ -104,7 +106,10 @@ def export(
         code = {f"{RUNTIME_NAME}/{name}": data for name, data in package.items()}
         code |= build_generate()
         kernels = replace(kernels, note=kernels.note or runtime.note)
-    card = render_card(CardContent(config, quality, codebook_bytes, reports, repo_id, kernels))
+    content = CardContent(config, quality, codebook_bytes, reports, repo_id, kernels)
+    written = {CARD_NAME: render_card(content).encode(), **code}
+    if (scores := benchmark_results(content)) is not None:
+        written[EVALUATION_NAME] = scores
     with atomic_dir(out) as folder:
         for name in (CODEBOOKS_NAME, CONFIG_NAME, CALIBRATION_NAME, *reports):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +117,7 @@ def export(
         if record != (settled := without_times(record)):
             write_json(folder / CALIBRATION_NAME, settled)
         hide_local_paths([folder / name for name in (CONFIG_NAME, CALIBRATION_NAME, *reports)])
-        (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        for name, data in code.items():
+        for name, data in written.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)

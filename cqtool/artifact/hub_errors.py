@@ -61,7 +61,7 @@ def _explain(error: BaseException, repo_id: str) -> str | None:
             "permission `id-token: write`, or unset HF_OIDC_RESOURCE and set HF_TOKEN."
         )
     if isinstance(error, OfflineModeIsEnabled):
-        return "The Hub client is in offline mode; unset HF_HUB_OFFLINE to push."
+        return "The Hub client is in offline mode; unset HF_HUB_OFFLINE to reach the Hub."
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         return _explain(error.__cause__, repo_id)
     if isinstance(error, HfHubHTTPError):
@@ -103,7 +103,16 @@ def _explain_answer(error: HfHubHTTPError, repo_id: str) -> str:
         return f"The Hub does not accept this token (401). {LOGIN}"
     if status == 401:
         return f"The Hub wants a token (401). {LOGIN}"
-    if isinstance(error, GatedRepoError) or status == 403:
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{repo_id} is gated, and this token has no access ({status}); ask for it at "
+            f"{constants.ENDPOINT}/{repo_id}, or use another token. {LOGIN}"
+        )
+    if status == 403 and error.response.request.method in ("GET", "HEAD"):
+        return (
+            f"This token may not read {repo_id} (403); use one that may, or check the name. {LOGIN}"
+        )
+    if status == 403:
         return (
             f"This token may not write to {repo_id} (403); use a token with write access to that "
             f"namespace, or another --repo-id. {LOGIN}"

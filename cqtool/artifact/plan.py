@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from cqtool.artifact.export import CARD_NAME
+from cqtool.artifact.refnames import check_new_name
 from cqtool.artifact.remote import LocalFile, RemoteFile, RemoteRepo
 from cqtool.errors import ArtifactError, HubError
 from cqtool.files import sha256_file
@@ -28,6 +29,9 @@ class PushOptions:
         create_pr: propose the commit as a pull request instead.
         tag: name to give the commit once it is verified.
         overwrite: replace also what cqtool did not write.
+
+    Raises:
+        RecipeError: a branch or a tag cannot have that name.
     """
 
     private: bool | None = None
@@ -36,6 +40,12 @@ class PushOptions:
     create_pr: bool = False
     tag: str | None = None
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.revision is not None:
+            check_new_name(self.revision, "branch")
+        if self.tag is not None:
+            check_new_name(self.tag, "tag")
 
 
 @dataclass(frozen=True)

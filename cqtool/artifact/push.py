@@ -22,12 +22,16 @@ from cqtool.artifact.plan import (
     make_plan,
     refuse_foreign_files,
 )
+from cqtool.artifact.refnames import is_pull_request
 from cqtool.artifact.remote import Head, LocalFile, RemoteRepo, hub_api, quiet_client
-from cqtool.errors import HubError
+from cqtool.errors import EnvironmentProblem, HubError
 from cqtool.layout.config import CQConfig, read_config
 from cqtool.manifest import verify_folder
 from cqtool.progress import SILENT, Progress
 from cqtool.retry import Retry
+
+UNSEEN = "which is new, or private and not shown without a token that may read it"
+"""What a preview says of a repository that the Hub does not show."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class PushResult:
     Attributes:
         repo_id: repository, ``ORG/NAME``.
         url: its page.
-        commit_url: page of the commit, of its parent where nothing was sent; None where there is
-            no such repository yet.
+        commit_url: page of the commit, of its parent where nothing was sent; None where the Hub
+            shows no such repository.
         oid: that commit's hash; ``revision=oid`` loads exactly this artifact.
         changed: False when the repository held the same files already and no commit was made.
         plan: what changes, file by file.
@@ -97,8 +101,9 @@ def push(
     Raises:
         ArtifactError: `artifact` is damaged.
         HubError: no token, no permission, no connection, the repository holds other files or has
-            another visibility than asked for, the tag names something else, somebody else
-            committed at the same moment, or the Hub does not hold what was sent.
+            another visibility than asked for, the branch is none or the tag names something else,
+            somebody else committed at the same moment, or the Hub does not hold what was sent.
+        EnvironmentProblem: the temporary folder is full.
         RecipeError: `repo_id` cannot be a repository.
     """
     options = options or PushOptions()
@@ -122,8 +127,8 @@ def push(
             confirm(remote, sent.commit, wanted)
             if options.tag is not None:
                 set_tag(remote, options.tag, sent.commit)
-    except HubError as error:
-        raise HubError(
+    except (HubError, EnvironmentProblem) as error:
+        raise type(error)(
             f"Commit {sent.commit} of {remote.repo_id} holds the artifact, but what follows the "
             f"upload is not done. {error}"
         ) from None
@@ -202,9 +207,11 @@ def _survey(
     try:
         head = remote.head(options.revision)
     except RevisionNotFoundError:
-        if options.create_pr:
+        if options.create_pr or is_pull_request(options.revision or ""):
             raise
         head = remote.head(None)  # where the branch will begin
+    else:
+        _check_branch(remote, head, options.revision)
     if head is None:
         return None, make_plan(wanted, {})
     _check_visibility(remote, head, options)
@@ -241,11 +248,21 @@ def _check_visibility(remote: RemoteRepo, head: Head, options: PushOptions) -> N
     )
 
 
+def _check_branch(remote: RemoteRepo, head: Head | None, name: str | None) -> None:
+    """The Hub also finds a revision by a tag or a commit: neither can be added to."""
+    if head is None or name is None or is_pull_request(name):
+        return
+    if name not in remote.refs().branches:
+        raise HubError(
+            f"{name} is no branch of {remote.repo_id} but names a commit of it; push to a branch."
+        )
+
+
 def _check_tag(remote: RemoteRepo, wanted: dict[str, LocalFile], options: PushOptions) -> None:
     """Before anything is sent: a tag that others may have pinned is not moved."""
     if options.tag is None:
         return
-    tagged = remote.tags().get(options.tag)
+    tagged = remote.refs().tags.get(options.tag)
     if tagged is not None and not remote.holds(tagged, wanted):
         raise HubError(
             f"The tag {options.tag} of {remote.repo_id} already names another release; choose "

@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import logging as client_logging
 
 from cqtool import __version__
 from cqtool.artifact.hub_errors import LOGIN
-from cqtool.errors import HubError
-from cqtool.files import sha256_file
+from cqtool.errors import EnvironmentProblem, HubError
+from cqtool.files import explain_os_errors, sha256_file
 from cqtool.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, is_hub_metadata
 from cqtool.progress import SILENT, Progress
 from cqtool.retry import DamagedDownload, Retry
 
 T = TypeVar("T")
+
+_ELSEWHERE = "set TMPDIR to another folder"
 
 
 def hub_api(token: str | None = None, *, required: bool = True) -> HfApi:
@@ -91,11 +93,37 @@ class RemoteFile:
         return self.git_oid == content.hexdigest()
 
 
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for downloads, gone afterwards.
+
+    Raises:
+        EnvironmentProblem: there is no place for it.
+    """
+    try:
+        place = Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise EnvironmentProblem(
+            f"No temporary folder can be written; free some space, or {_ELSEWHERE}."
+        ) from error
+    with explain_os_errors(place, _ELSEWHERE):
+        folder = tempfile.TemporaryDirectory(prefix="cqtool-", ignore_cleanup_errors=True)
+    with folder as path:
+        yield Path(path)
+
+
 class Head(NamedTuple):
     """The commit that a revision stands at, and whether the repository is private."""
 
     commit: str
     private: bool
+
+
+class Refs(NamedTuple):
+    """The names in a repository, each with its commit."""
+
+    branches: dict[str, str]
+    tags: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -120,6 +148,8 @@ class RemoteRepo:
         """
         try:
             info = self.again(lambda: self.api.model_info(self.repo_id, revision=revision))
+        except GatedRepoError:
+            raise  # the client's kind of RepositoryNotFoundError, but the repository is there
         except RepositoryNotFoundError:
             return None
         if info.sha is None:
@@ -150,10 +180,13 @@ class RemoteRepo:
             present[name].equals(file.path, file.sha256) for name, file in wanted.items()
         )
 
-    def tags(self) -> dict[str, str]:
-        """Tags, by name, with the commit of each."""
+    def refs(self) -> Refs:
+        """The branches and tags."""
         refs = self.again(lambda: self.api.list_repo_refs(self.repo_id))
-        return {tag.name: tag.target_commit for tag in refs.tags}
+        return Refs(
+            {branch.name: branch.target_commit for branch in refs.branches},
+            {tag.name: tag.target_commit for tag in refs.tags},
+        )
 
     def download(self, name: str, commit: str, listed: RemoteFile, folder: Path) -> Path:
         """Fetch one file and compare it with what the Hub lists.
@@ -166,13 +199,16 @@ class RemoteRepo:
 
         Raises:
             DamagedDownload: it stays different however often it is fetched.
+            EnvironmentProblem: `folder` is full.
         """
 
         def fetch() -> Path:
             try:
-                path = Path(
-                    self.api.hf_hub_download(self.repo_id, name, revision=commit, cache_dir=folder)
-                )
+                with explain_os_errors(folder.parent, _ELSEWHERE):
+                    found = self.api.hf_hub_download(
+                        self.repo_id, name, revision=commit, cache_dir=folder
+                    )
+                path = Path(found)
             except OSError as error:
                 # The client's own check of the size; nothing but the text tells it apart.
                 if "Consistency check failed" not in str(error):
@@ -193,8 +229,8 @@ class RemoteRepo:
                 f"{MANIFEST_NAME} of {self.repo_id} has {listed.size} bytes, so it is none of "
                 "cqtool's; use another repository."
             )
-        with tempfile.TemporaryDirectory(prefix="cqtool-") as folder:
-            return self.download(MANIFEST_NAME, commit, listed, Path(folder)).read_bytes()
+        with scratch_folder() as folder:
+            return self.download(MANIFEST_NAME, commit, listed, folder).read_bytes()
 
     def _damaged(self, name: str, commit: str) -> DamagedDownload:
         return DamagedDownload(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,8 +11,9 @@ from pathlib import Path
 from cqtool.artifact.describe import describe
 from cqtool.artifact.hub_errors import explain_hub_errors
 from cqtool.artifact.names import is_hub_id
-from cqtool.artifact.remote import RemoteFile, RemoteRepo, hub_api, quiet_client
-from cqtool.errors import ArtifactError, EnvironmentProblem, HubError
+from cqtool.artifact.refnames import check_revision
+from cqtool.artifact.remote import RemoteFile, RemoteRepo, hub_api, quiet_client, scratch_folder
+from cqtool.errors import ArtifactError, HubError
 from cqtool.files import sha256_file
 from cqtool.manifest import MANIFEST_NAME, FileRecord, parse_manifest, read_manifest
 from cqtool.progress import SILENT, Progress
@@ -87,6 +86,7 @@ def whole_artifact(
     Raises:
         ArtifactError: it is no artifact, or damaged.
         HubError: the repository cannot be read.
+        RecipeError: `revision` cannot be the name of one.
         EnvironmentProblem: the temporary folder is full.
     """
     folder = Path(place)
@@ -100,7 +100,9 @@ def whole_artifact(
             raise ArtifactError(f"{place} is no repository of the Hub: drop --revision.")
         yield folder, _check(folder, place, None)
         return
-    with tempfile.TemporaryDirectory(prefix="cqtool-") as temporary:
+    if revision is not None:
+        check_revision(revision)
+    with scratch_folder() as temporary:
         with explain_hub_errors(place), quiet_client():
             retry = retry or Retry()
             api = retry.call(lambda: hub_api(token, required=False), progress)
@@ -111,7 +113,7 @@ def whole_artifact(
                     f"There is no folder {place} here, and the Hub does not show a repository of "
                     "that name; check the name, and log in with `hf auth login` if it is private."
                 )
-            found = _verify_remote(remote, head.commit, Path(temporary))
+            found = _verify_remote(remote, head.commit, temporary)
         yield found
 
 
@@ -145,13 +147,6 @@ def _download(
         }
         try:
             arrived = {path: file.result() for path, file in arriving.items()}
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise EnvironmentProblem(
-                f"The disk of {temporary.parent} is full; free some space, or set TMPDIR to "
-                "another folder."
-            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
     return arrived[MANIFEST_NAME].parent

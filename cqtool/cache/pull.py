@@ -1,6 +1,7 @@
 """An artifact on the Hub, fetched into the Hub client's cache and verified there.
 
-The client's cache is used as it is: what lies there is not fetched again, offline mode and pinned
+What the manifest lists is fetched, and nothing else that somebody put into the repository. The
+client's cache is used as it is: what lies there is not fetched again, offline mode and pinned
 revisions work as for models. The client compares no digests, so a file that arrived damaged, or was
 damaged since, would stay there for ever; here it is fetched once more.
 """
@@ -8,15 +9,16 @@ damaged since, would stay there for ever; here it is fetched once more.
 from __future__ import annotations
 
 import errno
+import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cqtool.errors import ArtifactError, CqtoolError, EnvironmentProblem, HubError
 from cqtool.files import sha256_file
-from cqtool.manifest import MANIFEST_NAME, read_manifest, verify_folder
+from cqtool.manifest import MANIFEST_NAME, FileRecord, read_manifest, verify_folder
 from cqtool.retry import DamagedDownload, Retry
 
 
@@ -40,15 +42,16 @@ def pull(repo: str, revision: str | None) -> Path:
     with _explained(repo, revision):
         # The manifest alone first: a repository that is something else, a base model for example,
         # is not fetched. Its folder is named after the commit, which the rest is taken from.
-        folder = _snapshot(repo, revision, only_manifest=True)
+        folder = _snapshot(repo, revision)
         if not (folder / MANIFEST_NAME).is_file():
             raise ArtifactError(
                 f"{repo} has no {MANIFEST_NAME}, so it is no cqtool artifact; check the name and "
                 "the revision."
             )
+        listed = _read_again_if_damaged(repo, folder)
         if not _offline():
-            _snapshot(repo, folder.name)
-        elif lacking := [name for name in read_manifest(folder) if not (folder / name).is_file()]:
+            _snapshot(repo, folder.name, listed)
+        elif lacking := [name for name in listed if not (folder / name).is_file()]:
             raise _not_cached(repo, revision, lacking)
         try:
             verify_folder(folder)
@@ -68,7 +71,8 @@ def pull(repo: str, revision: str | None) -> Path:
     return folder
 
 
-def _snapshot(repo: str, revision: str | None, *, only_manifest: bool = False) -> Path:
+def _snapshot(repo: str, revision: str | None, names: Iterable[str] = ()) -> Path:
+    """Have the client fetch the manifest and the files `names`; the folder that they lie in."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
@@ -79,9 +83,11 @@ def _snapshot(repo: str, revision: str | None, *, only_manifest: bool = False) -
             settings = options | {"disable": True}
             super().__init__(*arguments, **settings)  # type: ignore[no-untyped-call]
 
-    options: dict[str, Any] = {"revision": revision}
-    if only_manifest:
-        options |= {"allow_patterns": [MANIFEST_NAME], "tqdm_class": NoBar}
+    # Patterns to the client, of which a name may hold the signs.
+    wanted = [MANIFEST_NAME, *map(glob.escape, names)]
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": wanted}
+    if len(wanted) == 1:
+        options["tqdm_class"] = NoBar
 
     def fetch() -> Path:
         with _sizes_compared():
@@ -90,25 +96,42 @@ def _snapshot(repo: str, revision: str | None, *, only_manifest: bool = False) -
     return Retry().call(fetch)
 
 
+def _read_again_if_damaged(repo: str, folder: Path) -> dict[str, FileRecord]:
+    """The manifest, fetched once more where the one in the cache cannot be read."""
+    try:
+        return read_manifest(folder)
+    except ArtifactError:
+        if _offline():
+            raise
+        _fetch(repo, folder, MANIFEST_NAME)
+        return read_manifest(folder)
+
+
 def _fetch_damaged(repo: str, folder: Path) -> None:
     """Fetch again what differs from the manifest, and the manifest itself before."""
-    from huggingface_hub import hf_hub_download
-
-    def fetch(name: str) -> None:
-        def action() -> None:
-            with _sizes_compared():
-                hf_hub_download(repo, name, revision=folder.name, force_download=True)
-
-        Retry().call(action)
-
-    fetch(MANIFEST_NAME)
-    for name, record in read_manifest(folder).items():
+    before = read_manifest(folder)
+    _fetch(repo, folder, MANIFEST_NAME)
+    listed = read_manifest(folder)
+    if listed.keys() - before.keys():
+        _snapshot(repo, folder.name, listed)
+    for name, record in listed.items():
         path = folder / name
         # What the Hub lacks was not fetched either, and cannot be.
         if path.is_file() and (
             path.stat().st_size != record.size or sha256_file(path) != record.sha256
         ):
-            fetch(name)
+            _fetch(repo, folder, name)
+
+
+def _fetch(repo: str, folder: Path, name: str) -> None:
+    """Replace one file of a snapshot by what the Hub has at that commit."""
+    from huggingface_hub import hf_hub_download
+
+    def action() -> None:
+        with _sizes_compared():
+            hf_hub_download(repo, name, revision=folder.name, force_download=True)
+
+    Retry().call(action)
 
 
 @contextmanager

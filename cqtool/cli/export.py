@@ -109,6 +109,14 @@ def export(
         from cqtool.artifact.push import preview, push, resolve_repo_id
         from cqtool.layout.config import read_config
 
+        wanted = PushOptions(
+            private=private,
+            revision=branch,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            tag=tag,
+            overwrite=overwrite,
+        )
         # Before the export, because the model card names the repository.
         repo_id = resolve_repo_id(repo_id, read_config(calibration))
     written = export_artifact(
@@ -130,14 +138,6 @@ def export(
     }
     _report(sink, written)
     if push_to_hub and repo_id is not None:
-        wanted = PushOptions(
-            private=private,
-            revision=branch,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            tag=tag,
-            overwrite=overwrite,
-        )
         act = preview if dry_run else push
         pushed = act(out, repo_id, wanted, progress=sink.progress())
         result["hub"] = {
@@ -161,6 +161,8 @@ def export(
 
 
 def _list_changes(sink: Output, pushed: PushResult) -> None:
+    from cqtool.artifact.push import UNSEEN
+
     plan = pushed.plan
     sink.table(
         ["change", "file", "bytes", "sha256"],
@@ -170,7 +172,7 @@ def _list_changes(sink: Output, pushed: PushResult) -> None:
         ],
         right={2},
     )
-    there = f"on top of {pushed.commit_url}" if pushed.oid else f"to {pushed.url}, which is new"
+    there = f"on top of {pushed.commit_url}" if pushed.oid else f"to {pushed.url}, {UNSEEN}"
     sink.text(
         f"Nothing was pushed. A push would send {len(plan.paths('add', 'change'))} files, "
         f"{plan.sent_bytes:,} bytes, and delete {len(plan.paths('delete'))}, {there}."

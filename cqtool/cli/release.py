@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,8 +15,8 @@ import typer
 from cqtool.cli import options
 from cqtool.cli.check import GATE_MISSED
 from cqtool.cli.output import Output, write_stderr
-from cqtool.errors import CqtoolError
-from cqtool.files import explain_os_errors, write_text
+from cqtool.errors import CqtoolError, EnvironmentProblem
+from cqtool.files import write_text
 
 if TYPE_CHECKING:
     from cqtool.models.load import OpenedModel
@@ -25,6 +29,8 @@ EXAMPLES = (
 )
 JOB_PAGE = "GITHUB_STEP_SUMMARY"
 """Environment variable that names the file behind the page of a GitHub job."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code, as a shell has it."""
 
 
 def release(
@@ -130,25 +136,63 @@ def release(
         dry_run=dry_run,
     )
     one = Release(open_it, chosen, out, wanted, sink.progress())
-    try:
-        one.run()
-    except CqtoolError as error:
-        # What a job shows is needed most when a step failed.
-        _report(sink, one, summary, str(error))
-        raise
-    except KeyboardInterrupt:
-        remedy = "What is finished stays; run the same command again to continue."
-        _report(sink, one, summary, f"It was interrupted. {remedy}")
-        raise KeyboardInterrupt(remedy) from None
-    _report(sink, one, summary)
+    if not one.gated:
+        from cqtool.release.summary import NO_GATES
+
+        sink.warn(f"No gates: {NO_GATES}")
+    with _interrupted_by_sigterm():
+        _run(one, sink, summary)
     if not one.passed:
         (missed,) = (step.sentence for step in one.steps if step.status == "missed")
         write_stderr(f"nothing was released: {missed}", label="gate missed", style="bold red")
         raise typer.Exit(GATE_MISSED)
 
 
+def _run(one: Release, sink: Output, summary: Path | None) -> None:
+    try:
+        one.run()
+    except CqtoolError as error:
+        # What a job shows is needed most when a step failed.
+        _report(sink, one, summary, str(error))
+        raise
+    except KeyboardInterrupt as interrupt:
+        remedy = "What is finished stays; run the same command again to continue."
+        _report(sink, one, summary, f"It was interrupted. {remedy}")
+        if isinstance(interrupt, _Terminated):
+            write_stderr(f"Terminated. {remedy}")
+            raise typer.Exit(TERMINATED) from None
+        raise KeyboardInterrupt(remedy) from None
+    _report(sink, one, summary)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """A CI job that is cancelled gets SIGTERM, and a while later SIGKILL: time for a report."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _report(sink: Output, one: Release, summary: Path | None, error: str | None = None) -> None:
-    _write_summary(one, summary, error)
+    try:
+        _print(sink, one, error)
+    finally:
+        # Last, because what was done is done, whether or not there is a page about it.
+        _write_summary(sink, one, summary, error)
+
+
+def _print(sink: Output, one: Release, error: str | None) -> None:
     sink.result(one.to_json() | {"error": error})
     sink.table(
         ["step", "", "seconds", "what came out"],
@@ -164,13 +208,21 @@ def _report(sink: Output, one: Release, summary: Path | None, error: str | None 
         sink.text("Nothing changed: the release was complete, and is verified.")
 
 
-def _write_summary(one: Release, path: Path | None, error: str | None) -> None:
+def _write_summary(sink: Output, one: Release, path: Path | None, error: str | None) -> None:
     from cqtool.release.summary import render_summary
 
     page, shared = render_summary(one.to_json(), error), os.environ.get(JOB_PAGE)
-    if path is not None:
-        write_text(path, page)
-    elif shared:
-        # Other steps of the job write to it too.
-        with explain_os_errors(Path(shared)), Path(shared).open("a", encoding="utf-8") as file:
-            file.write(page)
+    try:
+        if path is not None:
+            write_text(path, page)
+        elif shared:
+            # Other steps of the job write to it too.
+            with Path(shared).open("a", encoding="utf-8") as file:
+                file.write(page)
+    except (OSError, EnvironmentProblem) as problem:
+        cause = problem.__cause__ or problem
+        reason = cause.strerror if isinstance(cause, OSError) else cause
+        sink.warn(
+            f"The summary {path or shared} was not written ({reason}), which changes nothing else; "
+            "give another file with --summary."
+        )

@@ -250,7 +250,8 @@ def _config(
         "base_model": {
             "id": opened.base_id,
             "revision": opened.revision,
-            "license": opened.license,
+            "license": opened.license.id,
+            **opened.license.more,
             "fingerprint": fingerprint(opened.model),
         },
         "cache": spec.to_json(),
@@ -307,7 +308,7 @@ def exclusive(out: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ArtifactError(
-            f"Another cqtool is calibrating into {out}; wait for it, or choose another --out."
+            f"Another cqtool is at work in {out}; wait for it, or choose another --out."
         ) from error
     try:
         yield

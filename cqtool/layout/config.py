@@ -42,6 +42,9 @@ MAX_JSON_BYTES = 16 << 20
 MAX_LAYERS = 4096
 """Far more than any model has; what is worked out for each layer stays quick for a hostile file."""
 
+ROPE_NUMBERS = 5
+"""What a fingerprint has of each RoPE table: a factor and four frequencies."""
+
 EXTRAS = ("metric", "feedback", "gains")
 """What a codebook may have beside it, as the encoding and the gain of its format say; the names of
 :class:`cqtool.cache.codec.CQCodec`'s arguments."""
@@ -57,6 +60,8 @@ class BaseModel:
         id: Hub id, or the local path it was loaded from.
         revision: commit on the Hub, where known.
         license: its license as the Hub writes it, where known.
+        license_name: what a license is called that the Hub has no name for.
+        license_link: where its text is: an address, or a file of the model's repository.
         fingerprint: see :func:`cqtool.models.fingerprint.fingerprint`.
     """
 
@@ -64,6 +69,8 @@ class BaseModel:
     revision: str | None
     license: str | None
     fingerprint: Mapping[str, Any]
+    license_name: str | None = None
+    license_link: str | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +226,9 @@ def read_config(folder: Path) -> CQConfig:
             revision=base.optional_string("revision"),
             license=base.optional_string("license"),
             fingerprint=_fingerprint(base.child("fingerprint")),
+            # Most models have neither.
+            license_name=base.string("license_name") if "license_name" in base.values else None,
+            license_link=base.string("license_link") if "license_link" in base.values else None,
         ),
         cache=_cache_spec(root.child("cache")),
         geometry=ModelGeometry(
@@ -249,7 +259,18 @@ def _fingerprint(fields: Fields) -> Mapping[str, Any]:
     probe = fields.values.get("probe")
     if not isinstance(probe, list) or not probe or not all(map(is_number, probe)):
         raise ArtifactError(f"{fields.name}: 'probe' must be a list of numbers. {fields.remedy}")
+    # Models without RoPE have none, and files from before it was written.
+    tables = fields.values.get("rope", [])
+    if not isinstance(tables, list) or not all(map(_is_rope_table, tables)):
+        raise ArtifactError(
+            f"{fields.name}: 'rope' must be a list of lists of {ROPE_NUMBERS} numbers. "
+            f"{fields.remedy}"
+        )
     return fields.values
+
+
+def _is_rope_table(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == ROPE_NUMBERS and all(map(is_number, value))
 
 
 def _layer_geometry(fields: Fields) -> LayerGeometry:

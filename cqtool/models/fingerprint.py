@@ -22,16 +22,21 @@ _RELATIVE = 0.01
 """A float16 copy may differ by one step of bfloat16 (at most 0.8 %) after rounding twice."""
 _ABSOLUTE = 1e-6
 """float16 has no finer steps than 6e-8 near zero."""
+_FREQUENCIES, _SCALE = "original_inv_freq", "attention_scaling"
+"""What transformers calls a RoPE table's frequencies, as they were before any text, and the factor
+of its cosines and sines; after the type of the layers, where a model has several tables."""
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """Describe a model's weights.
+    """Describe a model's weights and its RoPE.
 
     Returns:
         JSON-ready: ``model_type``; ``shapes_sha256`` over the sorted names and shapes of all
         parameters (tied ones once); ``probe``, 64 weights rounded to bfloat16: 16 of the input
         embedding, 16 of the vectors (norms, biases) and 32 from as many different matrices, so
-        that a fine-tune which left the embedding alone is noticed too.
+        that a fine-tune which left the embedding alone is noticed too; and ``rope``, where the
+        model has such tables, of each five numbers: the factor of its cosines and sines, and four
+        of its frequencies from the highest to the lowest.
     """
     parameters = dict(sorted(_parameters(model)))
     shapes = [[name, list(parameter.shape)] for name, parameter in parameters.items()]
@@ -45,15 +50,16 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         + _spread(vectors or [embedding], _FROM_VECTORS)
         + _one_each(matrices or [embedding], _FROM_MATRICES)
     )
+    tables = _rope_tables(model)
     return {
         "model_type": str(model.config.model_type),
         "shapes_sha256": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
         "probe": torch.stack(probe).to(torch.bfloat16).tolist(),
-    }
+    } | ({"rope": tables} if tables else {})
 
 
 def compare_fingerprints(expected: dict[str, Any], actual: dict[str, Any]) -> str | None:
-    """Compare two fingerprints.
+    """Compare two fingerprints; RoPE only where both tell of it.
 
     Returns:
         None when they are of one checkpoint; otherwise what differs, as part of a sentence.
@@ -63,10 +69,39 @@ def compare_fingerprints(expected: dict[str, Any], actual: dict[str, Any]) -> st
     if expected["shapes_sha256"] != actual["shapes_sha256"]:
         return "its parameters have other names or shapes"
     pairs = list(zip(expected["probe"], actual["probe"], strict=False))
-    far = sum(not abs(a - b) <= _RELATIVE * max(abs(a), abs(b)) + _ABSOLUTE for a, b in pairs)
+    far = sum(not _close(a, b) for a, b in pairs)
     if far or len(expected["probe"]) != len(actual["probe"]):
         return f"its weights differ ({far} of {len(pairs)} compared values)"
+    # A version of transformers may keep a table that another one does without.
+    fewer, more = sorted((expected.get("rope", []), actual.get("rope", [])), key=len)
+    if not all(any(_same_table(one, other) for other in more) for one in fewer):
+        return "its RoPE has another base or scaling"
     return None
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= _RELATIVE * max(abs(a), abs(b)) + _ABSOLUTE
+
+
+def _same_table(one: list[float], other: list[float]) -> bool:
+    return len(one) == len(other) and all(map(_close, one, other))
+
+
+def _rope_tables(model: PreTrainedModel) -> list[list[float]]:
+    """Five numbers for each different RoPE table; nothing for models that turn in another way."""
+    found = set()
+    for module in model.modules():
+        # Some versions of transformers keep them as buffers, some as they are.
+        for name in {*vars(module), *dict(module.named_buffers(recurse=False))}:
+            table = getattr(module, name) if name.endswith(_FREQUENCIES) else None
+            if isinstance(table, torch.Tensor) and table.dim() == 1 and len(table) > 0:
+                last = len(table) - 1
+                places = [last * part // 3 for part in range(4)]
+                scale = getattr(module, name.removesuffix(_FREQUENCIES) + _SCALE, 1.0)
+                factor = float(scale) if isinstance(scale, int | float) else 1.0
+                numbers = torch.tensor([factor, *table.detach().cpu()[places].tolist()])
+                found.add(tuple(numbers.to(torch.bfloat16).tolist()))
+    return [list(numbers) for numbers in sorted(found)]
 
 
 def _parameters(model: PreTrainedModel) -> list[tuple[str, torch.nn.Parameter]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from cqtool.errors import EnvironmentProblem, ModelError
 from cqtool.models.demo import DEMO_ID, DEMO_LICENSE, demo_folder
 from cqtool.models.explain import explained
 from cqtool.models.gguf import converted
+from cqtool.models.license import License, read_license
 from cqtool.models.quiet import quiet_transformers
 from cqtool.progress import SILENT, Progress
 
@@ -38,7 +39,7 @@ class OpenedModel:
         name: what the user called the model.
         base_id: see :func:`base_id`.
         revision: the commit it was loaded from, if known.
-        license: as stated in its model card, if known.
+        license: as stated in its model card, as far as known.
     """
 
     model: PreTrainedModel
@@ -46,7 +47,7 @@ class OpenedModel:
     name: str
     base_id: str
     revision: str | None
-    license: str | None
+    license: License = field(default_factory=License)
 
 
 def open_model(
@@ -108,7 +109,7 @@ def open_model(
         name=name,
         base_id=base_id,
         revision=_commit(path, revision),
-        license=DEMO_LICENSE if name == "demo" else _license(path, revision),
+        license=License(DEMO_LICENSE) if name == "demo" else read_license(path, revision),
     )
 
 
@@ -258,19 +259,3 @@ def _commit(path: str, revision: str | None) -> str | None:
         return None
     # The file is in the cache by now, in a folder named after its commit.
     return Path(hf_hub_download(path, "config.json", revision=revision)).parent.name
-
-
-def _license(path: str, revision: str | None) -> str | None:
-    """The license named in the model card's metadata; a missing or odd card is no error."""
-    import yaml
-    from huggingface_hub import hf_hub_download, metadata_load
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        card = Path(path) / "README.md"
-        if not Path(path).is_dir():
-            card = Path(hf_hub_download(path, "README.md", revision=revision))
-        found = (metadata_load(card) or {}).get("license") if card.is_file() else None
-    except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError, HFValidationError):
-        return None
-    return found if isinstance(found, str) else None

@@ -18,7 +18,7 @@ from typing import Any
 from cqtool.artifact.hub_errors import explain_hub_errors
 from cqtool.artifact.names import check_repo_id
 from cqtool.artifact.plan import PushOptions
-from cqtool.artifact.push import PushResult, preview, push, resolve_repo_id
+from cqtool.artifact.push import UNSEEN, PushResult, preview, push, resolve_repo_id
 from cqtool.artifact.remote import hub_api, quiet_client
 from cqtool.artifact.runtime import RuntimeChoice
 from cqtool.artifact.verify import verify
@@ -98,6 +98,11 @@ class Release:
         self._pushed: PushResult | None = None
 
     @property
+    def gated(self) -> bool:
+        """Whether the recipe has a gate at all."""
+        return any(limit is not None for limit in self.recipe.gates.model_dump().values())
+
+    @property
     def passed(self) -> bool:
         """Whether no gate was missed."""
         return all(step.status != "missed" for step in self.steps)
@@ -156,6 +161,7 @@ class Release:
             "format": self.recipe.spec.name,
             "dry_run": self.options.dry_run,
             "changed": self.changed,
+            "gated": self.gated,
             "passed": self.passed,
             "failed": any(step.status == "failed" for step in self.steps),
             "repo_id": pushed.repo_id if pushed else self._repo_id,
@@ -208,7 +214,8 @@ class Release:
         if not pushed.changed:
             return Outcome("same", f"{pushed.repo_id} holds the same files", result)
         if self.options.dry_run:
-            return Outcome("preview", f"would send {what}", result)
+            where = "" if pushed.oid else f"; to a repository {UNSEEN}"
+            return Outcome("preview", f"would send {what}{where}", result)
         return Outcome("done", f"sent {what}", result)
 
     def _verify(self, local: Local) -> Outcome:

@@ -6,7 +6,6 @@ the artifact carries says what was different when it was made.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from cqtool.artifact.private import hide_local_paths
+from cqtool.artifact.remote import scratch_folder
 from cqtool.codebooks.calibrate import calibrate
 from cqtool.errors import ArtifactError
 from cqtool.files import sha256_file
@@ -98,11 +98,11 @@ def rebuild(
             f"{opened.name} is not the base model of {artifact}: {other}; give {base.id} with "
             "--model."
         )
-    with tempfile.TemporaryDirectory(prefix="cqtool-") as temporary:
-        folder = Path(temporary) / "calibration"
+    with scratch_folder() as temporary:
+        folder = temporary / "calibration"
         calibrate(opened, recipe, folder, keep_samples=False, progress=progress)
         if config.tuned:
-            tuned = Path(temporary) / "tuned"
+            tuned = temporary / "tuned"
             tune(opened, folder, recipe, tuned, progress=progress)
             folder = tuned
         hide_local_paths([folder / name for name in (CONFIG_NAME, CALIBRATION_NAME)])

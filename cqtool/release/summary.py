@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cqtool.artifact.markdown import number, plain
+from cqtool.artifact.push import UNSEEN
 
 _MARKS = {
     "done": "done",
@@ -15,6 +16,9 @@ _MARKS = {
     "failed": "**failed**",
     "not run": "not run",
 }
+
+
+NO_GATES = "the recipe sets none of its `gates`, so any quality is released."
 
 
 def render_summary(release: Mapping[str, Any], error: str | None = None) -> str:
@@ -30,6 +34,8 @@ def render_summary(release: Mapping[str, Any], error: str | None = None) -> str:
         _headline(release, steps, error),
         "\n".join(_step_table(release["steps"])),
     ]
+    if not release["gated"]:
+        parts.insert(2, f"**No gates:** {NO_GATES}")
     if "row" in (check := steps.get("check", {}).get("result", {})):
         parts.append("\n".join(_quality_table(check)))
     if digest := steps.get("verify", {}).get("result", {}).get("manifest_sha256"):
@@ -48,8 +54,9 @@ def _headline(
     name = plain(pushed["repo_id"])
     if release["dry_run"]:
         files = [file for file in pushed["files"] if file["action"] != "same"]
+        where = "" if pushed["oid"] else f", {UNSEEN},"
         return (
-            f"Dry run: nothing was pushed. {len(files)} files of {name} would change, "
+            f"Dry run: nothing was pushed. {len(files)} files of {name}{where} would change, "
             f"{pushed['sent_bytes']:,} bytes would be sent."
         )
     if pushed["pull_request"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,9 @@ from huggingface_hub import ModelCard
 from synthetic_artifact import config, edit_json, quality
 from typer.main import get_command
 
-from cqtool.artifact.card_commands import grouping_option
 from cqtool.artifact.export import export
 from cqtool.cli.app import app
 from cqtool.models.demo import DEMO_ID
-from cqtool.recipe_texts import CalibrationText
-from cqtool.spec import CacheSpec, CQSpec
 
 
 def card_of(calibration: Path, **options: Any) -> str:
@@ -46,7 +42,83 @@ def test_metadata_are_what_the_hub_reads(calibration: Path) -> None:
             "quantization",
             "k-cq-4c3b-v-cq-8c4b",
         ],
+        "model-index": [
+            {
+                "name": "Tiny-Model, KV cache in k-cq-4c3b-v-cq-8c4b",
+                "results": [
+                    {
+                        "task": {
+                            "type": "text-generation",
+                            "name": "Next token, over a coded KV cache",
+                        },
+                        "dataset": {
+                            "name": "Salesforce/wikitext",
+                            "type": "Salesforce/wikitext",
+                            "config": "wikitext-2-raw-v1",
+                            "split": "test",
+                        },
+                        "metrics": [
+                            {
+                                "type": "perplexity",
+                                "value": 23.891,
+                                "name": "Perplexity (6 windows of 768 tokens)",
+                            },
+                            {
+                                "type": "kl_divergence",
+                                "value": 0.0871,
+                                "name": "KL divergence from the unquantized cache, nats per token "
+                                "(6 windows of 768 tokens)",
+                            },
+                            {
+                                "type": "top1_agreement",
+                                "value": 0.9143,
+                                "name": "Same most probable token as with the unquantized cache "
+                                "(6 windows of 768 tokens)",
+                            },
+                        ],
+                    }
+                ],
+            }
+        ],
     }
+
+
+@pytest.mark.parametrize("dataset", ["/home/somebody/text.txt", "demo", None, "two"])
+def test_figures_of_what_is_no_data_set_of_the_hub_are_in_no_index(
+    calibration: Path, dataset: str | None
+) -> None:
+    changes: dict[str, Any] = {"dataset": dataset}
+    if dataset == "two":
+        changes = {"parts": [{"dataset": "org/a"}, {"dataset": "org/b"}]}
+    edit_json(calibration / "reports" / "quality.json", lambda q: q["evaluation"].update(changes))
+    assert "model-index" not in ModelCard(card_of(calibration)).data.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("link", "revision", "shown"),
+    [
+        ("LICENSE", "0123abc", "https://huggingface.co/some-org/Tiny-Model/blob/0123abc/LICENSE"),
+        ("./a b", None, "https://huggingface.co/some-org/Tiny-Model/blob/main/a%20b"),
+        ("https://example.org/terms", "0123abc", "https://example.org/terms"),
+    ],
+)
+def test_a_license_of_its_own_is_carried_over_with_its_name_and_text(
+    calibration: Path, link: str, revision: str | None, shown: str
+) -> None:
+    own = {"license": "other", "license_name": "tongyi-qianwen", "license_link": link}
+    edit_json(
+        calibration / "cq_config.json",
+        lambda c: c["base_model"].update(own, revision=revision),
+    )
+    data = ModelCard(card_of(calibration)).data.to_dict()
+    assert {name: data[name] for name in own} == own | {"license_link": shown}
+
+
+def test_a_file_of_a_local_model_is_no_link(calibration: Path) -> None:
+    local = {"id": "./tiny", "license_link": "LICENSE", "license_name": "own"}
+    edit_json(calibration / "cq_config.json", lambda c: c["base_model"].update(local))
+    data = ModelCard(card_of(calibration)).data.to_dict()
+    assert "license_link" not in data and data["license_name"] == "own"
 
 
 def test_local_models_and_texts_are_not_given_as_hub_ids(calibration: Path) -> None:
@@ -55,6 +127,10 @@ def test_local_models_and_texts_are_not_given_as_hub_ids(calibration: Path) -> N
         value["calibration"]["dataset"].update(dataset="/home/somebody/corpus.txt", config=None)
 
     edit_json(calibration / "cq_config.json", make_local)
+    edit_json(
+        calibration / "reports" / "quality.json",
+        lambda q: q["evaluation"].update(dataset="/home/somebody/corpus.txt"),
+    )
     text = card_of(calibration)
     assert ModelCard(text).data.to_dict().keys() == {"library_name", "tags"}
     assert "/home/somebody" not in text
@@ -108,14 +184,7 @@ def test_the_command_names_everything_that_was_chosen(calibration: Path) -> None
         "--text-column text --windows 6 --window-length 768 --window 5 --sinks 3 --mode teacher "
         "--dtype float32 --compare int4"
     )
-    again = shlex.split(text.split("```bash\n")[2].split("```")[0].replace("\\\n", " "))
-    assert (
-        " ".join(again)
-        == "cqtool calibrate some-org/Tiny-Model --revision 0123abc --out calibration "
-        "--recipe tiny --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1 "
-        "--split train --text-column text --sequences 7 --sequence-length 96 --seed 11 "
-        "--objective fisher --iterations 25 --window 5 --sinks 3"
-    )
+    assert text.split("```bash\n")[2].split("```")[0] == "cqtool verify org/tiny-cq --rebuild\n"
 
 
 def test_the_command_leaves_out_what_a_reader_does_not_have(calibration: Path) -> None:
@@ -147,44 +216,39 @@ def test_commands_are_ones_that_cqtool_has(calibration: Path) -> None:
         for line in block.split("```")[0].replace("\\\n", " ").splitlines()
         if line.startswith("cqtool")
     ]
-    assert [words[1] for words in commands] == ["check", "calibrate"]
-    assert commands[0][-4:] == ["--compare", "cq-4c8b:uniform", "--samples", "calibration"]
+    assert [words[1] for words in commands] == ["calibrate", "check", "verify"]
+    assert commands[0][-4:] == ["--recipe", "artifact", "--out", "calibration"]
+    assert commands[1][-4:] == ["--compare", "cq-4c8b:uniform", "--samples", "calibration"]
     known = get_command(app).commands
     for _, name, *arguments in commands:
         # Parsing refuses an option that does not exist or a value of the wrong type.
         known[name].make_context(name, list(arguments), resilient_parsing=False)
 
 
-def test_a_tuned_calibration_says_so_and_how(calibration: Path) -> None:
-    assert "cqtool tune" not in card_of(calibration)
-    tuning = {"steps": 30, "learning_rate": 0.02, "batch": 4, "micro_batch": 2, "patience": 4}
-
-    def edit(config: dict[str, Any]) -> None:
-        config.update(tuned=True)
-        config["recipe"].update(tuning=tuning)
-
-    edit_json(calibration / "cq_config.json", edit)
-    text = card_of(calibration, repo_id="org/tiny-cq")
-    assert "then tuned end to end" in text
-    command = text[text.index("cqtool tune") :].split("```")[0].replace("\\\n", " ")
-    assert " ".join(shlex.split(command)) == (
-        "cqtool tune some-org/Tiny-Model --revision 0123abc calibration --out tuned "
-        "--steps 30 --learning-rate 0.02 --batch 4"
+def test_a_tuned_calibration_says_so(calibration: Path) -> None:
+    assert "tuned end to end" not in card_of(calibration)
+    edit_json(calibration / "cq_config.json", lambda c: c.update(tuned=True))
+    assert "then tuned end to end, on further text; `calibration.json` names it" in card_of(
+        calibration
     )
-    _, name, *arguments = shlex.split(command)
-    get_command(app).commands[name].make_context(name, arguments, resilient_parsing=False)
 
 
-def test_the_grouping_is_part_of_the_command() -> None:
-    spec = CQSpec(4, 3)
-    for keys, values, option in (
-        ("contiguous", "contiguous", None),
-        ("correlation", "correlation", "correlation"),
-        ("pairs", "correlation", "pairs"),
-        ("contiguous", "correlation", None),
-    ):
-        cache = CacheSpec(replace(spec, grouping=keys), replace(spec, grouping=values))
-        assert grouping_option(cache) == option
+def test_what_it_takes_to_make_the_codebooks_again(calibration: Path) -> None:
+    def local(config: dict[str, Any]) -> None:
+        config["base_model"]["id"] = "/home/somebody/tiny"
+        config["calibration"]["dataset"]["dataset"] = "/home/somebody/corpus.txt"
+        config["recipe"]["grouping"] = {"file": "/home/somebody/mine.groups.json"}
+
+    edit_json(calibration / "cq_config.json", local)
+    text = card_of(calibration)
+    files = "a folder that holds `corpus.txt` and `mine.groups.json`:"
+    command = "cqtool verify ORG/NAME --rebuild --model PATH/TO/MODEL"
+    assert f"compares the bytes, run in {files}\n\n```bash\n{command}\n```" in text
+    edit_json(
+        calibration / "cq_config.json",
+        lambda c: c["base_model"].update(id=DEMO_ID, revision=None),
+    )
+    assert "cqtool verify ORG/NAME --rebuild --model demo\n" in card_of(calibration)
 
 
 def test_a_single_window_has_no_standard_error(calibration: Path) -> None:
@@ -245,16 +309,6 @@ def test_a_mixture_of_texts_is_named_part_by_part(calibration: Path) -> None:
     link = "[org/code](https://huggingface.co/datasets/org/code)"
     assert f"7 sequences of 96 tokens: 4 of {link} (c, train), 2 of {link} (https" in text
     assert ", 1 of cqtool's demo text of Wikipedia articles (train), seed 11" in text
-    block = text.split("```yaml\n")[1].split("\n```")[0]
-    # Fences count when indented, too.
-    assert not any(line.strip().startswith("```") for line in block.splitlines())
-    written = yaml.safe_load(block)
-    texts = CalibrationText.model_validate(written["calibration"]).parts
-    assert [(t.dataset, t.split, t.column, t.share) for t in texts] == [
-        ("org/code", "train", "body", 0.7),
-        ("org/code", "train", "text", 0.2),
-        ("demo", "train", "text", 0.1),
-    ]
 
 
 def test_names_cannot_break_out_of_the_text(calibration: Path) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from pathlib import Path
 
 import pytest
+from synthetic_artifact import config
 
 from cqtool.bench.export import MIB, measure_export, write_random_calibration
 from cqtool.bench.formats import parse_formats
 from cqtool.bench.shapes import SHAPES
+from cqtool.layout.config import CQConfig, read_config
+from cqtool.recipe import load_recipe
+from cqtool.spec import CacheSpec, CQSpec
+
+FORMAT = Path(__file__).parents[2] / "docs" / "artifact-format.md"
 
 
 def test_a_7b_model_is_exported_in_20_seconds_and_1_gib(
@@ -29,3 +38,48 @@ def test_a_7b_model_is_exported_in_20_seconds_and_1_gib(
     assert found["cubins"] == 0
     assert found["peak_bytes"] <= 1024 * MIB
     assert found["seconds"] <= 20
+
+
+def of_7b(cache: CacheSpec, folder: Path) -> CQConfig:
+    """A configuration of the 7B shape."""
+    value, shape = config(), SHAPES["llama-2-7b"]
+    layer = dict(value["geometry"]["layers"][0])
+    layer |= {"kv_heads": shape.kv_heads, "key_dim": shape.head_dim, "value_dim": shape.head_dim}
+    value["geometry"] = {"query_heads": shape.heads, "layers": [layer] * shape.layers}
+    (folder / "cq_config.json").write_text(json.dumps(value | {"cache": cache.to_json()}))
+    return read_config(folder)
+
+
+def mebibytes(found: CQConfig) -> dict[str, float]:
+    """MiB of the tensors of each name: 2 bytes a number in codebooks and channels, 4 in others."""
+    sizes: dict[str, float] = {}
+    for width, shapes in (
+        (2, found.codebook_shapes), (2, found.channels_shapes), (4, found.extra_shapes)
+    ):  # fmt: skip
+        for name, shape in shapes.items():
+            part = name.rsplit(".", 1)[-1]
+            sizes[part] = sizes.get(part, 0) + math.prod(shape) * width / MIB
+    return sizes
+
+
+def test_the_sizes_in_the_documentation_are_those_of_the_format(tmp_path: Path) -> None:
+    text = " ".join(FORMAT.read_text(encoding="utf-8").split())
+    rows = re.findall(r"\| `(codebook|channels|metric|feedback|gains)`([^|]*)\| ([\d.]+) \|", text)
+    stated = {(name, said.strip()): float(size) for name, said, size in rows}
+    full = CQSpec(8, 8, "correlation", "ldlq", "token")
+    sizes = mebibytes(of_7b(CacheSpec(full, full), tmp_path))
+    shared = CQSpec(8, 8, sharing="heads")
+    assert {name: size for (name, said), size in stated.items() if "share" not in said} == sizes
+    assert stated["codebook", "where heads share"] == sum(
+        mebibytes(of_7b(CacheSpec(shared, shared), tmp_path)).values()
+    )
+    for channels in (2, 4):
+        other = CQSpec(channels, 8)
+        assert mebibytes(of_7b(CacheSpec(other, other), tmp_path)) == {"codebook": 128}
+    ldlq = CQSpec(8, 8, encoding="ldlq")
+    for name, cache in (
+        ("`cq-8c8b` takes", load_recipe("cq-8c8b").spec),
+        ("`cq-8c8b-tuned`", load_recipe("cq-8c8b-tuned").spec),
+        ("`ldlq` in contiguous groups", CacheSpec(ldlq, ldlq)),
+    ):
+        assert f"{name} {sum(mebibytes(of_7b(cache, tmp_path)).values()):g} MiB" in text

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hub.faults import planned
 from hub_server import Blob, HubServer, Repo
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import OIDCError
 from huggingface_hub.utils import _http
 from runtime_artifact import generate, tiny_model, write_tiny_calibration
@@ -59,7 +59,7 @@ def change(repo: Repo, name: str, content: bytes) -> str:
 def test_a_second_load_asks_for_no_file(hub: HubServer, pushed: Repo, artifact: Path) -> None:
     folder = resolve(REPO, None)
     assert contents(folder) == contents(artifact)
-    assert sorted(fetched(hub)) == sorted([*contents(artifact), ".gitattributes"])
+    assert sorted(fetched(hub)) == sorted(contents(artifact))
     assert resolve(REPO, None) == folder
     assert len(hub.requests) == 1 and "/resolve/" not in hub.requests[0]
     hub.requests.clear()
@@ -79,6 +79,33 @@ def test_a_revision_is_what_is_loaded(hub: HubServer, pushed: Repo, artifact: Pa
         resolve(REPO, None)
     with pytest.raises(HubError, match=r"^org/tiny-cq at v2 does not exist .*; check the revision"):
         resolve(REPO, "v2")
+
+
+def test_what_the_manifest_does_not_list_is_not_fetched(
+    hub: HubServer, pushed: Repo, artifact: Path
+) -> None:
+    """Scores that somebody proposed were taken, and gigabytes lie beside the artifact."""
+    change(pushed, ".eval_results/gsm8k.yaml", b"- value: 1")
+    change(pushed, "model.safetensors", b"weights")
+    assert contents(resolve(REPO, None)) == contents(artifact)
+    assert sorted(fetched(hub)) == sorted(contents(artifact))
+    # The Hub's own client fetches all of it to the same place.
+    folder = Path(snapshot_download(REPO, ignore_patterns=["*.safetensors"]))
+    assert (folder / ".eval_results" / "gsm8k.yaml").is_file()
+    assert resolve(REPO, None) == folder
+
+
+def test_a_name_with_the_signs_of_a_pattern_is_that_name(
+    hub: HubServer, calibration: Path, tmp_path: Path
+) -> None:
+    for name in ("a[1].png", "?*.png"):
+        (calibration / "reports" / name).write_bytes(b"\x89PNG")
+    artifact = export(calibration, tmp_path / "artifact").folder
+    push(artifact, REPO)
+    change(hub.repos[REPO], "reports/a1.png", b"another")
+    hub.requests.clear()
+    assert contents(resolve(REPO, None)) == contents(artifact)
+    assert "reports/a1.png" not in fetched(hub)
 
 
 def test_a_branch_that_moves_meanwhile_is_not_mixed(

@@ -80,6 +80,7 @@ def test_whatever_happens_what_is_loaded_is_a_release(
     waits: list[float],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     commits = stock(hub, releases)
     release = dict(zip(commits, releases, strict=True))
@@ -116,6 +117,9 @@ def test_whatever_happens_what_is_loaded_is_a_release(
         folder = resolve(REPO, revision)
         assert folder.name == (revision or commits[1])
         assert read(folder) == release[folder.name], f"a later pull is hindered, seed {seed}"
+    with capsys.disabled():
+        print(f"\n{outcomes.total()} schedules of faults in pulls: {dict(outcomes)}")
+    assert outcomes.total() == SCHEDULES >= 100
     assert {"loaded", "HubError"} <= outcomes.keys(), outcomes
     assert met == {*KINDS} - {"conflict"}
 

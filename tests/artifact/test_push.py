@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub.endpoints import Endpoints
+from hub.http import Refusal
 from hub_server import TOKEN, Blob, HubServer, Repo
 from huggingface_hub import constants, snapshot_download
 from synthetic_artifact import edit_json
@@ -17,6 +19,7 @@ from synthetic_artifact import edit_json
 from cqtool.artifact.export import export
 from cqtool.artifact.plan import PushOptions
 from cqtool.artifact.push import push, resolve_repo_id
+from cqtool.artifact.verify import verify
 from cqtool.errors import ArtifactError, HubError, RecipeError
 from cqtool.layout.config import read_config
 from cqtool.manifest import verify_folder
@@ -158,6 +161,23 @@ def test_other_refusals_say_what_to_do(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
         push(artifact, REPO)
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [(None, r"may not read org/x \(403\)"), ("GatedRepo", r"org/x is gated.*/org/x, or")],
+)
+def test_who_may_not_read_is_not_told_about_writing(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, code: str | None, sentence: str
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise Refusal(403, {"error": "no"}, **({"code": code} if code else {}))
+
+    hub.create("org/x")
+    monkeypatch.setattr(Endpoints, "commit_at", refuse)
+    with pytest.raises(HubError, match=sentence) as caught:
+        verify("org/x")
+    assert "may not write" not in str(caught.value)
 
 
 def test_an_unreachable_hub_is_named_soon(

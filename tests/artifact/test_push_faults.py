@@ -70,7 +70,11 @@ def check_wording(error: CqtoolError) -> None:
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_whatever_happens_a_release_is_whole_or_not_there(
-    hub: HubServer, releases: tuple[Path, Path], waits: list[float], chunk: int
+    hub: HubServer,
+    releases: tuple[Path, Path],
+    waits: list[float],
+    chunk: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     old, new = (read(folder) for folder in releases)
     outcomes: Counter[str] = Counter()
@@ -137,6 +141,10 @@ def test_whatever_happens_a_release_is_whole_or_not_there(
             check_wording(error)
             outcomes["not pulled"] += 1
         hub.faults = None
+    pushes = outcomes["pushed"] + outcomes["refused"]
+    with capsys.disabled():
+        print(f"\n{pushes} of {SCHEDULES} schedules of faults in pushes: {dict(outcomes)}")
+    assert pushes * CHUNKS == SCHEDULES >= 200
     assert {"pushed", "refused", "pulled", "not pulled"} <= outcomes.keys()
     # Those two are rare, and met by plan in other tests.
     assert met >= {*KINDS} - {"conflict", "corrupt"}

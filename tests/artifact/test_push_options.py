@@ -17,7 +17,7 @@ from synthetic_artifact import edit_json
 from cqtool.artifact.export import export
 from cqtool.artifact.plan import PushOptions
 from cqtool.artifact.push import preview, push
-from cqtool.errors import HubError
+from cqtool.errors import HubError, RecipeError
 from cqtool.files import sha256_file
 from cqtool.manifest import read_manifest
 
@@ -72,6 +72,13 @@ def test_a_dry_run_lists_digests_and_bytes_and_changes_nothing(
     )
     assert {request.split()[0] for request in hub.requests} <= {"GET", "HEAD"}
     assert push(artifact, REPO).plan == found.plan
+
+
+def test_names_that_git_refuses_are_refused_before_anything_is_done() -> None:
+    for name in ("v 1", "a..b", "", "v1.lock", "HEAD", "0" * 40):
+        for options in ({"tag": name}, {"revision": name}):
+            with pytest.raises(RecipeError, match=rf"'{name}' .*(tag|branch)"):
+                PushOptions(**options)
 
 
 def test_a_dry_run_needs_no_token(
@@ -176,6 +183,30 @@ def test_a_tag_is_set_and_never_moved(hub: HubServer, calibration: Path, artifac
     assert len(repo.commits) == 2
     second = push(artifact, REPO, PushOptions(tag="v2"))
     assert repo.tags == {"v1": first.oid, "v2": second.oid}
+
+
+def test_what_is_no_branch_is_not_pushed_to(hub: HubServer, artifact: Path) -> None:
+    push(artifact, REPO, PushOptions(tag="v1"))
+    repo = hub.repos[REPO]
+    repo.add("main", "later", {})
+    for act in (preview, push):
+        with pytest.raises(HubError, match=f"v1 is no branch of {REPO}"):
+            act(artifact, REPO, PushOptions(revision="v1"))
+    assert len(repo.commits) == 3
+
+
+def test_an_open_pull_request_can_be_pushed_to(
+    hub: HubServer, calibration: Path, artifact: Path
+) -> None:
+    pull = push(artifact, REPO, PushOptions(create_pr=True))
+    next_release(calibration, artifact)
+    second = push(artifact, REPO, PushOptions(revision="refs/pr/1"))
+    repo = hub.repos[REPO]
+    assert pull.oid != second.oid == repo.pulls[0].oid
+    assert set(repo.branches) == {"main"}
+    with pytest.raises(HubError, match="no such revision"):
+        push(artifact, REPO, PushOptions(revision="refs/pr/2"))
+    assert set(repo.branches) == {"main"}
 
 
 def test_the_login_of_hf_auth_is_used(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 from hub.faults import applies
 from hub_server import Blob, HubServer
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from synthetic_artifact import write_calibration
 
 from cqtool.artifact.push import push
 from cqtool.artifact.verify import Verified, verify
-from cqtool.errors import ArtifactError, EnvironmentProblem, HubError
+from cqtool.errors import ArtifactError, EnvironmentProblem, HubError, RecipeError
 from cqtool.files import sha256_file
 from cqtool.manifest import write_manifest
 
@@ -154,20 +155,38 @@ def test_what_the_local_cache_holds_is_not_asked(hub: HubServer, artifact: Path)
         verify(REPO)
 
 
-def test_a_full_disk_is_said(
-    hub: HubServer, artifact: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_temporary_folder_is_said(
+    hub: HubServer, artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(*arguments: object) -> Path:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    download, left = HfApi.hf_hub_download, [0]
 
-    push(artifact, REPO)
-    monkeypatch.setattr(
-        "cqtool.artifact.remote.RemoteRepo.manifest",
-        lambda *arguments: (artifact / "manifest.json").read_bytes(),
-    )
-    monkeypatch.setattr("cqtool.artifact.remote.RemoteRepo.download", fail)
-    with pytest.raises(EnvironmentProblem, match="TMPDIR"):
+    def fail(api: HfApi, *arguments: object, **options: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return download(api, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", fail)
+    with pytest.raises(EnvironmentProblem, match=r"Commit [0-9a-f]{40} of .* is not done.*TMPDIR"):
+        push(artifact, REPO)
+    assert len(hub.repos[REPO].commits) == 2
+    for whole in (0, 1, 3):  # the manifest, then one of the others
+        left[0] = whole
+        with pytest.raises(EnvironmentProblem, match=r"disk is full.*TMPDIR"):
+            verify(REPO)
+
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    with pytest.raises(EnvironmentProblem, match=r"No temporary folder.*TMPDIR"):
         verify(REPO)
+
+
+def test_a_revision_that_git_knows_no_name_for_is_refused(hub: HubServer) -> None:
+    with pytest.raises(RecipeError, match=r"'v 1' cannot be a branch, a tag or a commit"):
+        verify(REPO, revision="v 1")
+    assert hub.requests == []
 
 
 def test_the_command(hub: HubServer, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,9 @@ from hub.state import Blob, Commit, Repo
 
 TREE_PAGE = 8
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
+NO_REF = re.compile(
+    r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|(?:^|/)\.|^[-/]|(?:/|\.|\.lock)$|\.lock/|^(?:@|HEAD)$"
+)
 _API, _REV = rf"/api/models/{_REPO}", r"(?P<rev>[^/]+)"
 
 
@@ -113,6 +116,7 @@ class Endpoints(HttpHandler):
     def create_branch(self, repo: str, rev: str) -> Answer:
         self.writer(repo)
         branches = self.repo(repo).branches
+        self.new_ref(rev)
         if rev in branches:
             raise Refusal(409, {"error": "Reference already exists"})
         branches[rev] = branches["main"]
@@ -121,10 +125,16 @@ class Endpoints(HttpHandler):
     def create_tag(self, repo: str, rev: str) -> Answer:
         self.writer(repo)
         tags, name = self.repo(repo).tags, json.loads(self.body)["tag"]
+        self.new_ref(name)
         if name in tags:
             raise Refusal(409, {"error": "Tag reference exists already"})
         tags[name] = self.commit_at(repo, rev).oid
         return as_json({})
+
+    def new_ref(self, name: str) -> None:
+        """Only what git takes; the Hub asks git."""
+        if NO_REF.search(name):
+            raise Refusal(400, {"error": f"Invalid reference name: {name}"})
 
     def refs(self, repo: str) -> Answer:
         found = self.repo(repo)
@@ -204,7 +214,9 @@ class Endpoints(HttpHandler):
         self.may_change(repo)
         if self.hub.before_commit is not None:
             self.hub.before_commit(self.repo(repo))
-        parent = self.commit_at(repo, rev)
+        parent, store = self.commit_at(repo, rev), self.repo(repo)
+        if rev not in store.branches and rev not in {pull.ref for pull in store.pulls}:
+            raise Refusal(400, {"error": f"{rev} is not a branch"})
         files, sent = dict(parent.files), []
         lines = [json.loads(line) for line in self.body.splitlines() if line]
         header = lines[0]["value"]
@@ -222,7 +234,7 @@ class Endpoints(HttpHandler):
                 pass
             else:
                 raise Refusal(400, {"error": f"bad operation {kind} {value.get('path')}"})
-        store, place = self.repo(repo), f"{self.hub.url}/{repo}"
+        place = f"{self.hub.url}/{repo}"
         if self.query.get("create_pr"):
             pull, new = store.open_pull(header["summary"], files, tuple(sent))
             extra: dict[str, Any] = {"pullRequestUrl": f"{place}/discussions/{pull.num}"}

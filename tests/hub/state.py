@@ -94,6 +94,10 @@ class Repo:
         self, branch: str, message: str, files: dict[str, Blob], sent: tuple[str, ...] = ()
     ) -> Commit:
         commit = self._store(message, files, sent)
+        for pull in self.pulls:
+            if pull.ref == branch:
+                pull.oid = commit.oid
+                return commit
         self.branches[branch] = commit.oid
         return commit
 

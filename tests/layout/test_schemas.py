@@ -75,6 +75,8 @@ def rich() -> dict[str, Any]:
     other = key | {"grouping": "file", "encoding": "metric", "gain": "none", "sharing": "none"}
     value["cache"] |= {"key": key, "value": other}
     value["cache"]["layers"] = [{"first": 1, "last": 1, "key": key, "value": other}]
+    value["base_model"] |= {"license": "other", "license_name": "own", "license_link": "LICENSE"}
+    value["base_model"]["fingerprint"]["rope"] = [[1.0, 1.0, 0.5, 0.25, 0.125]]
     value["tuned"] = True
     value["objective"] = "query"
     value["geometry"]["layers"] = [copy.deepcopy(one) for one in value["geometry"]["layers"]]
@@ -204,6 +206,8 @@ def test_schema_and_reader_agree_on_every_change_of_a_manifest(only: bool) -> No
         *((f"x/{name}", False) for name in DEVICES),
         *((f"{name}/x", False) for name in DEVICES),
         *((name, False) for name in (".git/x", ".git", ".gitattributes", ".cache/huggingface/x")),
+        *((f".eval_results/{name}", False) for name in ("gsm8k.yaml", "cqtool.yaml/x", "cqtool")),
+        (".eval_results/cqtool.yaml", True),
         *(
             (name, True)
             for name in ("a", ".a", "a b", "..a", "a/manifest.json", "console", "com10")

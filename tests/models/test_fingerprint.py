@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,59 @@ def test_whatever_an_index_of_weights_would_tell_is_noticed(changes: dict[str, i
 def test_an_index_of_weights_would_not_tell_other_weights() -> None:
     assert index_digest(tiny(0)) == index_digest(tiny(1))
     assert compare_fingerprints(fingerprint(tiny(0)), fingerprint(tiny(1))) is not None
+
+
+def roped(model_type: str = "default", theta: float = 10000.0, **more: float) -> dict[str, Any]:
+    settings = {"rope_type": model_type, "rope_theta": theta, **more}
+    return fingerprint(tiny(rope_parameters=settings))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"theta": 500000.0},
+        {"theta": 11000.0},
+        {"model_type": "linear", "factor": 2.0},
+        {"model_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {
+            "model_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_rope_over_the_same_weights_is_noticed(other: dict[str, Any]) -> None:
+    said = compare_fingerprints(roped(), roped(**other))
+    assert said == "its RoPE has another base or scaling"
+    assert compare_fingerprints(roped(**other), roped(**other)) is None
+    # An artifact from before there was this field says nothing of it.
+    older = {name: value for name, value in roped().items() if name != "rope"}
+    assert compare_fingerprints(older, roped(**other)) is None
+
+
+def test_the_numbers_of_a_rope_table_are_its_own() -> None:
+    """head_dim 16, so 8 frequencies 10000 ** (-i / 8); i = 0, 2, 4 and 7."""
+    frequencies = torch.tensor([1.0, 10000 ** -(2 / 8), 0.01, 10000 ** -(7 / 8)])
+    expected = [1.0, *frequencies.to(torch.bfloat16).tolist()]
+    assert roped()["rope"] == [expected]
+    assert "rope" not in fingerprint(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2)))
+
+
+def test_a_table_that_one_version_of_transformers_does_without() -> None:
+    one = roped()
+    both = one | {"rope": [*one["rope"], [1.0, 1.0, 0.5, 0.25, 0.125]]}
+    assert compare_fingerprints(one, both) is None and compare_fingerprints(both, one) is None
+    longer = one | {"rope": [[*one["rope"][0], 0.5]]}
+    assert compare_fingerprints(one, longer) is not None
+
+
+def test_text_that_changes_the_frequencies_does_not_change_the_fingerprint() -> None:
+    settings = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    model = tiny(rope_parameters=settings, max_position_embeddings=8)
+    before, table = fingerprint(model), model.model.rotary_emb.inv_freq.clone()
+    model(torch.arange(32)[None])
+    assert not torch.equal(table, model.model.rotary_emb.inv_freq)
+    assert fingerprint(model) == before
 
 
 def test_damaged_probe_never_matches() -> None:

@@ -15,6 +15,7 @@ from cqtool.errors import EnvironmentProblem, ModelError
 from cqtool.models import demo
 from cqtool.models import gguf as gguf_files
 from cqtool.models.explain import explained
+from cqtool.models.license import License, read_license
 from cqtool.models.load import open_model, resolve_device
 
 
@@ -49,7 +50,7 @@ def test_opened_model_computes_what_transformers_computes(tiny_model_dir: Path) 
     assert not any(p.requires_grad for p in opened.model.parameters())
     assert opened.tokenizer.decode(opened.tokenizer("a text")["input_ids"]) == "a text"
     assert (opened.name, opened.base_id) == (str(tiny_model_dir), "./tiny-llama")
-    assert (opened.revision, opened.license) == (None, None)
+    assert (opened.revision, opened.license) == (None, License())
 
 
 @pytest.mark.parametrize(
@@ -63,9 +64,30 @@ def test_dtype_on_the_cpu(copy: Path, asked: str, expected: torch.dtype) -> None
 
 def test_license_comes_from_the_model_card(copy: Path) -> None:
     (copy / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
-    assert open_model(str(copy)).license == "mit"
-    (copy / "README.md").write_text("---\nlicense: [unclosed\n---\n")
-    assert open_model(str(copy)).license is None
+    assert open_model(str(copy)).license == License("mit")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        (
+            "license: other\nlicense_name: tongyi-qianwen\nlicense_link: LICENSE",
+            License("other", "tongyi-qianwen", "LICENSE"),
+        ),
+        ("license: [mit]", License("mit")),
+        ("license: [mit, apache-2.0]", License("other", "mit-apache-2.0")),
+        ("license: [mit, 7]\nlicense_name: 3", License("mit")),
+        ("license: ' '\nlicense_name: |\n  a\n  b", License(None, "a b")),
+        ("license: [unclosed", License()),
+        ("- a list", License()),
+    ],
+)
+def test_every_field_that_the_hub_has_for_a_license(
+    tmp_path: Path, metadata: str, expected: License
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+    assert read_license(str(tmp_path)) == expected
+    assert read_license(str(tmp_path / "nowhere" / "at" / "all")) == License()
 
 
 def test_loading_prints_nothing_and_restores_the_settings(tiny_model_dir: Path) -> None:
@@ -234,7 +256,7 @@ def stand_in(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_demo_is_converted_once_and_again_when_damaged(stand_in: list[Path]) -> None:
     opened = open_model("demo")
     assert opened.base_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert (opened.name, opened.license) == ("demo", "apache-2.0")
+    assert (opened.name, opened.license) == ("demo", License("apache-2.0"))
     folder = demo.demo_folder()
     assert len(stand_in) == 1
 
@@ -257,7 +279,7 @@ def test_a_gguf_file_is_a_model_too(stand_in: list[Path], tmp_path: Path) -> Non
     path = tmp_path / "mine.gguf"
     path.write_bytes(b"GGUF of mine")
     opened = open_model(str(path))
-    assert (opened.base_id, opened.license, opened.revision) == ("./mine.gguf", None, None)
+    assert (opened.base_id, opened.license, opened.revision) == ("./mine.gguf", License(), None)
     assert opened.tokenizer.decode(opened.tokenizer("a text")["input_ids"]) == "a text"
     open_model(str(path))
     open_model("demo")

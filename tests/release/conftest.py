@@ -65,7 +65,7 @@ class Cqtool:
     def __call__(
         self, *words: object, kill: dict[str, Any] | None = None, folder: Path = Path()
     ) -> Run:
-        """Run one command in `folder`, killed where `kill` says (see forks.py)."""
+        """Run one command in `folder`, killed or limited as `kill` says (see forks.py)."""
         return self.at_once(words, kill=kill, folder=folder)[0]
 
     def at_once(

@@ -1,9 +1,10 @@
 """Runs cqtool's command line in forks of a process that has imported everything already.
 
 Each line of standard input is a list of runs to do at the same time: `words` of the command line,
-and when to be killed, by SIGKILL: after `seconds` of work, or at the first `call` of a function
-(`module:name`, with an `argument` if one is given), before or `after` it; and the working `folder`.
-The answer is one line: for each run exit code (negative for a signal), output, and seconds.
+the working `folder`, and what goes wrong as `kill`: it is killed, by SIGKILL or another `signal`,
+after `seconds` of work, or at the first `call` of a function (`module:name`, with an `argument` if
+one is given), before or `after` it; or no file of it gets larger than `file_bytes`. The answer is
+one line: for each run exit code (negative for a signal), output, and seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -30,11 +32,13 @@ import cqtool.release.rebuild  # noqa: F401
 from cqtool.cli import main
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def arm(kill: dict[str, Any]) -> None:
+    def die() -> None:
+        os.kill(os.getpid(), kill.get("signal", signal.SIGKILL))
+
+    if "file_bytes" in kill:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kill["file_bytes"],) * 2)
+        return
     if "seconds" in kill:
         threading.Timer(kill["seconds"], die).start()
         return

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from typer.main import get_command
 from yamllint import linter
 from yamllint.config import YamlLintConfig
@@ -45,6 +48,67 @@ def test_the_files_keep_to_the_published_schemas_and_to_yamllint(path, tmp_path)
         .replace("  id_tokens:", "  id_tokens: 3\n  other:", 1)
     )
     assert validate(wrong, SCHEMAS[path]).returncode != 0
+
+
+def tool(name: str, *options: str, text: str) -> subprocess.CompletedProcess[str]:
+    """A linter that came with a wheel; actionlint finds shellcheck beside itself for `run`."""
+    folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run(
+        [folder / name, *options, "-"],
+        input=text,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+    )
+
+
+def test_actionlint_finds_nothing_and_would():
+    text = GITHUB.read_text()
+    done = tool("actionlint", "-no-color", text=text)
+    assert done.returncode == 0, done.stdout
+    for right, wrong, said in (
+        ("github.ref", "github.reff", "reff"),
+        ('if [ -n "$TAG" ]', "if [ -n $TAG ]", "shellcheck"),
+    ):
+        assert right in text
+        done = tool("actionlint", "-no-color", text=text.replace(right, wrong, 1))
+        assert done.returncode == 1 and said in done.stdout
+
+
+@pytest.mark.parametrize("path", SCHEMAS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing_and_would(path):
+    done = tool("shellcheck", "-s", "bash", text=script(path))
+    assert done.returncode == 0, done.stdout
+    done = tool("shellcheck", "-s", "bash", text=script(path).replace('"$MODEL"', "$MODEL"))
+    assert done.returncode == 1 and "SC2086" in done.stdout
+
+
+@pytest.mark.parametrize("path", SCHEMAS, ids=lambda path: path.name)
+def test_what_they_install_is_cqtool_at_a_commit(path, tmp_path):
+    content = yaml.safe_load(path.read_text())
+    if path == GITLAB:
+        (command,) = content["release-cache"]["before_script"]
+    else:
+        (command,) = (
+            step["run"]
+            for step in content["jobs"]["release"]["steps"]
+            if step.get("name") == "Install"
+        )
+    stub = tmp_path / "pip"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **variables(path)}
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment, capture_output=True, text=True, check=True
+    )
+    verb, wanted = done.stdout.splitlines()
+    requirement, url = Requirement(wanted), str(Requirement(wanted).url)
+    assert (verb, requirement.name, requirement.extras) == ("install", "cqtool", {"cpu", "kernels"})
+    assert url.startswith("git+https://") and url.endswith("@COMMIT")
+    project = tomllib.loads((CI.parents[1] / "pyproject.toml").read_text())["project"]
+    assert requirement.extras <= project["optional-dependencies"].keys()
 
 
 def script(path: Path) -> str:
@@ -141,6 +205,18 @@ def test_the_page_of_a_github_job_gets_the_summary(finished, cqtool, monkeypatch
     text = page.read_text()
     assert text.startswith("# What other steps said\n## KV cache release: demo")
     assert "**Not released.**" in text
+
+
+def test_a_page_that_cannot_be_written_does_not_hide_what_failed(tmp_path):
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(
+        app,
+        ["release", "nothing", "demo", "--out", str(tmp_path / "out"), "--dry-run", "--json"],
+        env={"GITHUB_STEP_SUMMARY": str(tmp_path / "missing" / "page")},
+    )
+    assert result.exit_code == 2 and json.loads(result.stdout)["error"] in result.stderr
+    assert "page was not written (No such file or directory)" in result.stderr
 
 
 def test_the_documentation_links_them_and_names_every_field(finished, cqtool):

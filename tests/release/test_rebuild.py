@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ def artifact(cqtool: Any, tiny_model_dir: Path, tuned_recipe: Path, tmp_path_fac
 def test_the_same_bytes_come_out_again(artifact, cqtool, tiny_model_dir):
     # A local text goes by its name alone, so this runs where the text is.
     beside = artifact.parents[1]
-    command = ("verify", "org/made", "--rebuild", "--model", tiny_model_dir, "--json")
-    run = cqtool(*command, folder=beside)
+    card = (artifact / "README.md").read_text()
+    name, *command = shlex.split(card[card.index("cqtool verify") :].split("```")[0])
+    assert (name, command[-1]) == ("cqtool", "PATH/TO/MODEL") and "holds `text.txt`" in card
+    run = cqtool(*command[:-1], tiny_model_dir, "--json", folder=beside)
     assert run.code == 0, run.stderr
     again = run.json["rebuild"]
     assert (again["same"], again["differences"], again["reasons"]) == (True, [], [])

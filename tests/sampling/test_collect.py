@@ -23,7 +23,6 @@ def opened(name, **kwargs) -> OpenedModel:
         name=name,
         base_id=name,
         revision=None,
-        license=None,
     )
 
 
