@@ -26,6 +26,7 @@ def check_command(content: CardContent, quality: QualityReport, own: QualityRow)
         *_text_options(quality.evaluation),
         ("--windows", quality.windows),
         ("--window-length", quality.window_length),
+        ("--context", quality.context if quality.context != quality.window_length else None),
         ("--window", own.window),
         ("--sinks", own.sinks),
         ("--mode", quality.mode),

@@ -118,8 +118,10 @@ class Generation:
 class QualityReport:
     """``quality.json``, checked; `evaluation` describes the text that was used.
 
-    `generation` (built-in tasks) and `tasks` (of lm-evaluation-harness) are None where none were
-    asked for, or the report is older than they are; older ones have nothing `paired` either.
+    `context` is the number of tokens that bits are also computed for, by which tasks of growing
+    length go as well. `generation` (built-in tasks) and `tasks` (of lm-evaluation-harness) are None
+    where none were asked for, or the report is older than they are; older ones have nothing
+    `paired` and no `context` either.
     """
 
     model: str
@@ -135,6 +137,7 @@ class QualityReport:
     generation: Generation | None
     tasks: Generation | None
     paired: tuple[PairedRow, ...]
+    context: int
 
     def row_of(self, name: str, objective: str) -> QualityRow | None:
         """The row of the format `name` fitted to `objective`, if it was measured."""
@@ -160,11 +163,12 @@ def read_quality(folder: Path) -> QualityReport | None:
             "-U cqtool), or run `cqtool check` again."
         )
     evaluation = root.child("evaluation")
+    length = evaluation.integer("window_length", minimum=1)
     return QualityReport(
         model=root.string("model"),
         evaluation=evaluation.values,
         windows=evaluation.integer("windows", minimum=1),
-        window_length=evaluation.integer("window_length", minimum=1),
+        window_length=length,
         mode=root.string("mode"),
         device=root.string("device"),
         dtype=root.string("dtype"),
@@ -182,6 +186,7 @@ def read_quality(folder: Path) -> QualityReport | None:
         generation=_scores(root, "generation"),
         tasks=_scores(root, "tasks"),
         paired=_paired(root) if "paired" in root.values else (),
+        context=root.integer("context", minimum=1) if "context" in root.values else length,
     )
 
 

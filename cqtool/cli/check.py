@@ -157,7 +157,8 @@ def check(
             "--context",
             min=1,
             metavar="TOKENS",
-            help="Also state the bits, all counted, of a context of this length (computed).",
+            help="Also state the bits, all counted, of a context of this length (computed); pass "
+            "keys and the prompts of RULER get as long.",
             show_default=False,
         ),
     ] = None,

@@ -49,7 +49,7 @@ class Candidate:
         objective: how its codebooks were fitted, None without codebooks.
         fitted: whether it was fitted to samples of the model.
         make: makes it, on the model's device.
-        origin: what it is made from, JSON-ready: digests of files, a recipe, samples.
+        origin: what it is made from, JSON-ready: digests of files, a recipe and its seed, samples.
         optional: whether one that cannot be measured is named in a note and left out.
     """
 
@@ -57,7 +57,7 @@ class Candidate:
     objective: str | None
     fitted: bool
     make: Callable[[], CacheFormat]
-    origin: Mapping[str, str]
+    origin: Mapping[str, str | int]
     optional: bool = False
 
 
@@ -71,9 +71,14 @@ def distinct(found: Sequence[Candidate]) -> list[Candidate]:
     return named
 
 
-def _files(folder: Path) -> dict[str, str]:
-    """Digests of the files that the format of a calibration is read from."""
-    return {name: sha256_file(folder / name) for name in (CONFIG_NAME, CODEBOOKS_NAME)}
+def _files(folder: Path) -> dict[str, str | int]:
+    """What the format of a calibration is read from: its recipe, and digests of the files."""
+    digests = {name: sha256_file(folder / name) for name in (CONFIG_NAME, CODEBOOKS_NAME)}
+    return {**_recipe(recipe_of(folder)), **digests}
+
+
+def _recipe(recipe: Recipe) -> dict[str, str | int]:
+    return {"recipe": recipe.digest, "seed": recipe.calibration.seed}
 
 
 def _method(folder: Path) -> str:
@@ -173,7 +178,7 @@ class Candidates:
             first = replace(self._geometry, layers=self._geometry.layers[:1])
             made = make_format(name, first, 0, self.sinks, self._store, self._device).layers
         fitted, make = SCHEMES[name].calibrated, partial(self._of_scheme, name, made)
-        origin = {"scheme": name} | (self._sampled() if fitted else {})
+        origin: dict[str, str | int] = {"scheme": name, **(self._sampled() if fitted else {})}
         return Candidate(name, None, fitted, make, origin)
 
     def _of_folder(self, folder: Path) -> Candidate:
@@ -198,7 +203,7 @@ class Candidates:
                 "say; calibrate with --objective query, or compare with the objective fisher."
             )
         label = f"{recipe.spec.name} {objective or recipe.objective}"
-        origin = {"recipe": recipe.digest} | self._sampled()
+        origin = {**_recipe(recipe), **self._sampled()}
         return Candidate(label, recipe.objective, True, partial(self._of_samples, recipe), origin)
 
     def _fitted_recipe(self, code: str, objective: str) -> Recipe:

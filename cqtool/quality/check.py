@@ -50,7 +50,7 @@ def check(
         DataError: the text, or that of a task, is missing or too short.
         EnvironmentProblem: a package that a format or a task needs is not installed.
     """
-    items = task_items(opened, settings.generation, settings.items or 20)
+    items = task_items(opened, settings.generation, settings.items or 20, settings.context)
     harness = Harness.of(opened, settings)
     known = Candidates(opened, calibration, settings, progress)
     if known.window >= settings.window_length:
@@ -65,10 +65,10 @@ def check(
     if warning is not None:
         progress.note(warning)
     tasks = TaskRun(opened, items) if items else None
-    run = Run(opened, settings, windows, tasks, harness, progress)
     finished = FinishedRows(
         calibration, _decisive(opened, settings, known, windows, items, harness), progress
     )
+    run = Run(opened, settings, windows, tasks, harness, finished, progress)
     found: list[Measured] = []
     for number, candidate in enumerate(distinct([known.checked, *against, *compared])):
         before = finished.find(candidate)

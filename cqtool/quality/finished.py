@@ -8,7 +8,7 @@ the rows that are still true, whatever else it is asked for, and measures the ot
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,24 @@ class Measured:
         """What ``dataclasses.asdict`` made, back from JSON."""
         row = dict(value["row"])
         row["positions"] = tuple(PositionFigures(**one) for one in row["positions"])
-        scores = (
-            tuple(Score(**{**one, "per_item": tuple(one["per_item"])}) for one in value[part])
-            for part in ("generation", "tasks")
-        )
-        return cls(Row(**row), *scores)
+        return cls(Row(**row), _scores(value["generation"]), _scores(value["tasks"]))
+
+
+@dataclass(frozen=True)
+class FullScores:
+    """Full precision in the tasks, which every format is paired with.
+
+    Attributes:
+        answers: token ids of its answers to the items of the built-in tasks.
+        tasks: its scores in the harness.
+    """
+
+    answers: list[list[int]]
+    tasks: tuple[Score, ...]
+
+
+def _scores(values: Sequence[Mapping[str, Any]]) -> tuple[Score, ...]:
+    return tuple(Score(**{**one, "per_item": tuple(one["per_item"])}) for one in values)
 
 
 class FinishedRows:
@@ -66,16 +79,28 @@ class FinishedRows:
         Raises:
             ArtifactError: the file was damaged since.
         """
-        path = self._path(candidate)
-        if not path.is_file():
+        value = self._read(self._path(candidate))
+        if value is None:
             return None
-        remedy = f"Delete {self.folder} and check again."
-        found = Measured.from_json(read_object(path, remedy, limit=MAX_JSON_BYTES))
         self._progress.note(f"{candidate.label}: measured before the last check was interrupted")
-        return found
+        return Measured.from_json(value)
 
-    def keep(self, candidate: Candidate, measured: Measured) -> None:
-        """Write what was measured, in one step; where nothing can be written, say so once."""
+    def find_full(self) -> FullScores | None:
+        """Full precision in the same tasks, None if no earlier check got so far.
+
+        Raises:
+            ArtifactError: the file was damaged since.
+        """
+        value = self._read(self._path(None))
+        return None if value is None else FullScores(value["answers"], _scores(value["tasks"]))
+
+    def keep(self, candidate: Candidate | None, measured: Measured | FullScores) -> None:
+        """Write what was measured, in one step; where nothing can be written, say so once.
+
+        Args:
+            candidate: the format, None for full precision.
+            measured: of it.
+        """
         if not self._writable:
             return
         try:
@@ -91,6 +116,14 @@ class FinishedRows:
         """Remove all rows, once they are part of a report."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, candidate: Candidate) -> Path:
-        key = {**self._about, "label": candidate.label, "origin": candidate.origin}
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        if not path.is_file():
+            return None
+        remedy = f"Delete {self.folder} and check again."
+        return read_object(path, remedy, limit=MAX_JSON_BYTES)
+
+    def _path(self, candidate: Candidate | None) -> Path:
+        key = dict(self._about)
+        if candidate is not None:
+            key |= {"label": candidate.label, "origin": candidate.origin}
         return self.folder / f"{digest_json(key)}.json"

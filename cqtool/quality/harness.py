@@ -1,7 +1,8 @@
 """Tasks of lm-evaluation-harness, with the quantized cache inside the model.
 
 Any task that the harness knows runs: LongBench and RULER are among its own, and a folder of YAML
-files adds others. Nothing here is special to a task.
+files adds others. Tasks that write prompts of a length, as RULER does, are told the tokenizer and
+the length.
 
 What is scored by likelihood sees, at every position, what decoding up to there would see
 (:mod:`cqtool.quality.simulate`), the context included. What is generated runs over a real cache, as
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
@@ -20,15 +22,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cqtool.cache import CacheFormat, CQCache
 from cqtool.errors import CqtoolError, DataError, EnvironmentProblem, RecipeError
 from cqtool.files import sha256_file
 from cqtool.models.load import OpenedModel
 from cqtool.progress import SILENT, Progress
 from cqtool.quality.measure import Mode, quantized_logits
+from cqtool.quality.prompts import prompt_length, tokenizer_folder
 from cqtool.quality.scores import HarnessScores, Score
 from cqtool.quality.settings import CheckSettings
 from cqtool.quality.statistics import compare_items
+from cqtool.quality.text import context_limit
 
 SEED = 0
 """Of few-shot examples and everything else that the harness draws."""
@@ -43,6 +49,8 @@ class Harness:
         folder: more of them, as YAML files.
         items: at most so many of each task; None for all.
         mode: how likelihoods are computed.
+        context: tokens of the prompts that tasks make, as far as the model takes them; None for
+            as long as they are meant.
 
     Raises:
         EnvironmentProblem: the harness is not installed.
@@ -57,6 +65,7 @@ class Harness:
         folder: Path | None,
         items: int | None,
         mode: Mode,
+        context: int | None,
     ) -> None:
         try:
             import lm_eval
@@ -74,33 +83,16 @@ class Harness:
         self._opened, self._mode = opened, mode
         self._names, self._items = tuple(dict.fromkeys(names)), items
         path = None if folder is None else str(folder)
-        with _quiet():
-            # The harness has thousands of tasks of its own, which takes seconds to find out.
-            self._manager = TaskManager(include_path=path, include_defaults=path is None)
-            if not set(self._names) <= set(self._manager.all_tasks):
-                self._manager = TaskManager(include_path=path)
-        for name in self._names:
-            if name not in self._manager.all_tasks:
-                raise RecipeError(
-                    f"--tasks: lm-evaluation-harness {version('lm_eval')} has no task '{name}'; "
-                    "list its tasks with `lm-eval ls tasks`, or give a folder that defines it with "
-                    "--task-folder."
-                )
-        try:
+        with tokenizer_folder(opened) as tokenizer:
+            about = {"tokenizer": tokenizer, **prompt_length(opened, context)}
             with _quiet():
-                self._manager.load(list(self._names))
-        except ImportError as error:
-            raise EnvironmentProblem(
-                f"A task of {', '.join(self._names)} needs a package that is not installed "
-                f"({error}); install it, or leave the task out of --tasks."
-            ) from error
-        # Each source of data has exceptions of its own.
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise DataError(
-                f"The data of {', '.join(self._names)} cannot be loaded ({reason[0]}); see that "
-                "the data set exists and this machine can reach it, or download it beforehand."
-            ) from error
+                # The harness has thousands of tasks of its own, which takes seconds to find out.
+                self._manager = TaskManager(
+                    include_path=path, include_defaults=path is None, metadata=about
+                )
+                if not set(self._names) <= set(self._manager.all_tasks):
+                    self._manager = TaskManager(include_path=path, metadata=about)
+            self._tasks = self._loaded()
         self._full: dict[tuple[str, str], Score] = {}
         self._folder = folder
 
@@ -111,7 +103,8 @@ class Harness:
             if settings.task_folder is not None:
                 raise RecipeError("--task-folder only defines tasks; name those to run in --tasks.")
             return None
-        return cls(opened, settings.tasks, settings.task_folder, settings.items, settings.mode)
+        folder, items = settings.task_folder, settings.items
+        return cls(opened, settings.tasks, folder, items, settings.mode, settings.context)
 
     @property
     def identity(self) -> list[Any]:
@@ -141,7 +134,7 @@ class Harness:
                 with _quiet():
                     found: Any = self._evaluate(
                         model=_language_model(self._opened, format, self._mode),
-                        tasks=list(self._names),
+                        tasks=self._tasks,
                         task_manager=self._manager,
                         limit=self._items,
                         log_samples=True,
@@ -167,9 +160,46 @@ class Harness:
                 scores.append(self._score(label, task, measure, values, better))
         return tuple(scores)
 
+    def resume(self, scores: Sequence[Score]) -> None:
+        """Take full precision's `scores` from an earlier run of the same tasks."""
+        self._full = {(score.task, score.measure): score for score in scores}
+
     def result(self, scores: Sequence[Score]) -> HarnessScores:
         """`scores` of all formats, and what they are of."""
         return HarnessScores(self._names, self._items, SEED, version("lm_eval"), tuple(scores))
+
+    def _loaded(self) -> list[Any]:
+        """The tasks with their data, once for all formats: some draw their items while they load.
+
+        Raises:
+            EnvironmentProblem: a task needs a package that is not installed.
+            RecipeError: a name is unknown.
+            DataError: the data of a task cannot be loaded.
+        """
+        for name in self._names:
+            if name not in self._manager.all_tasks:
+                raise RecipeError(
+                    f"--tasks: lm-evaluation-harness {version('lm_eval')} has no task '{name}'; "
+                    "list its tasks with `lm-eval ls tasks`, or give a folder that defines it with "
+                    "--task-folder."
+                )
+        try:
+            with _quiet():
+                random.seed(SEED)
+                np.random.seed(SEED)
+                return list(self._manager.load(list(self._names))["tasks"].values())
+        except ImportError as error:
+            raise EnvironmentProblem(
+                f"A task of {', '.join(self._names)} needs a package that is not installed "
+                f"({error}); install it, or leave the task out of --tasks."
+            ) from error
+        # Each source of data has exceptions of its own.
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise DataError(
+                f"The data of {', '.join(self._names)} cannot be loaded ({reason[0]}); see that "
+                "the data set exists and this machine can reach it, or download it beforehand."
+            ) from error
 
     def _score(
         self, label: str, task: str, measure: str, values: list[float], higher: bool
@@ -197,12 +227,15 @@ def _outcomes(samples: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Each metric's value for each item, in the data's order, filters told apart by name.
 
     A metric whose items have no number of their own (a corpus' BLEU, a word perplexity weighted by
-    length) cannot be paired, and is left out.
+    length) cannot be paired, and is left out. So is the -1 that RULER puts under every length but
+    the item's own.
     """
     found: dict[str, list[float]] = {}
     for sample in sorted(samples, key=lambda one: (one["filter"], one["doc_id"])):
         for metric in sample["metrics"]:
             value = sample[metric]
+            if metric.isdecimal() and value == -1:
+                continue
             if isinstance(value, bool | int | float) or hasattr(value, "item"):
                 filtered = sample["filter"]
                 name = metric if filtered == "none" else f"{metric} ({filtered})"
@@ -216,24 +249,38 @@ def _language_model(opened: OpenedModel, format: CacheFormat | None, mode: Mode)
     from torch import Tensor, stack
 
     class Cached(HFLM):  # type: ignore[misc]
-        """Every request over a cache of `format`."""
+        """Every request over a cache of `cache_format`.
+
+        An attribute, because a class lives on until the garbage collector comes by.
+        """
+
+        cache_format: CacheFormat | None = None
 
         def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
-            if format is None:
+            if self.cache_format is None:
                 logits: Tensor = super()._model_call(inps)
                 return logits
-            return stack([quantized_logits(self.model, format, ids, mode) for ids in inps])
+            return stack(
+                [quantized_logits(self.model, self.cache_format, ids, mode) for ids in inps]
+            )
 
         def _model_generate(
             self, context: Tensor, max_length: int, stop: list[str], **more: Any
         ) -> Tensor:
-            if format is not None:
-                more["past_key_values"] = CQCache(format, self.model)
+            if self.cache_format is not None:
+                more["past_key_values"] = CQCache(self.cache_format, self.model)
             tokens: Tensor = super()._model_generate(context, max_length, stop, **more)
             return tokens
 
-    # The wrapper gives a tokenizer without padding token one; the caller's stays as it is.
-    return Cached(pretrained=opened.model, tokenizer=deepcopy(opened.tokenizer), batch_size=1)
+    made = Cached(
+        pretrained=opened.model,
+        # The wrapper gives a tokenizer without padding token one; the caller's stays as it is.
+        tokenizer=deepcopy(opened.tokenizer),
+        batch_size=1,
+        max_length=context_limit(opened),
+    )
+    made.cache_format = format
+    return made
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from cqtool.data.demo import demo_articles
 from cqtool.errors import DataError
 
 PASSKEY_TOKENS = (256, 512, 1024, 2048)
+"""Lengths of the texts that pass keys are hidden in; a longer context goes on doubling."""
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 DIVERGENCE_TOKENS = 64
 """Tokens that a continuation of prose has."""
@@ -100,6 +101,7 @@ def make_items(
     *,
     count: int,
     limit: int | None = None,
+    context: int | None = None,
     seed: int = 0,
 ) -> list[Item]:
     """The first `count` items of a task; more of them leave these as they are.
@@ -110,6 +112,8 @@ def make_items(
         prose: text for the contexts.
         count: how many.
         limit: most tokens that the model takes, prompt and answer together; None for any.
+        context: most tokens of a prompt that hides a pass key; None for the longest of
+            :data:`PASSKEY_TOKENS`, which a smaller one does not shorten.
         seed: of everything drawn.
 
     Raises:
@@ -118,7 +122,7 @@ def make_items(
     items = []
     for number in range(count):
         rng = Random(f"{seed} {task} {number}")
-        item = TASKS[task](_Maker(tokenizer, prose, rng, limit), number)
+        item = TASKS[task](_Maker(tokenizer, prose, rng, limit, context), number)
         length = len(item.context) + len(item.question) + item.new_tokens
         if limit is not None and length > limit:
             raise DataError(
@@ -133,9 +137,14 @@ class _Maker:
     """What the items of all tasks are made with: drawn numbers, filler, and the cut in two."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prose: Prose, rng: Random, limit: int | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prose: Prose,
+        rng: Random,
+        limit: int | None,
+        context: int | None,
     ) -> None:
-        self.prose, self.rng, self.limit = prose, rng, limit
+        self.prose, self.rng, self.limit, self.context = prose, rng, limit, context
         self._tokenizer = tokenizer
         self._next = rng.randrange(len(prose.filler))
 
@@ -171,8 +180,13 @@ class _Maker:
 
 def _passkey(make: _Maker, number: int) -> Item:
     """Mohtashami & Jaggi 2023, arXiv 2305.16300: a number hidden in text about something else."""
-    room = max(PASSKEY_TOKENS) if make.limit is None else make.limit - 16
-    lengths = [length for length in PASSKEY_TOKENS if length <= room] or [room]
+    room = longest = max(*PASSKEY_TOKENS, make.context or 0)
+    if make.limit is not None:
+        room = min(longest, make.limit - 16)
+    known = list(PASSKEY_TOKENS)
+    while 2 * known[-1] <= longest:
+        known.append(2 * known[-1])
+    lengths = [length for length in known if length <= room] or [room]
     length = lengths[number % len(lengths)]
     depth = DEPTHS[number // len(lengths) % len(DEPTHS)]
     answer = str(make.rng.randrange(10_000, 100_000))

@@ -53,6 +53,8 @@ class Row:
         label: how tables call it.
         objective: how its codebooks were fitted, None without codebooks.
         fitted: whether it was fitted to samples of the model.
+        origin: what it was made from: digests of a calibration's files, of a recipe (with its
+            seed) or of samples, or the name of a scheme; empty for full precision.
         key_bits: bits a channel of the keys costs, scales counted, window and sinks not.
         value_bits: the same for values.
         bits_per_channel: the mean of both, weighted by channels.
@@ -77,6 +79,7 @@ class Row:
     label: str
     objective: str | None
     fitted: bool
+    origin: dict[str, str | int]
     key_bits: float
     value_bits: float
     bits_per_channel: float

@@ -9,7 +9,7 @@ from cqtool.data import TokenWindows
 from cqtool.models.load import OpenedModel
 from cqtool.progress import Progress, Task
 from cqtool.quality.candidates import Candidate
-from cqtool.quality.finished import Measured
+from cqtool.quality.finished import FinishedRows, FullScores, Measured
 from cqtool.quality.harness import Harness
 from cqtool.quality.layers import LayerCost, layer_cost, only
 from cqtool.quality.measure import WindowFigures, add_window, quantized_logits
@@ -35,6 +35,7 @@ class Run:
         windows: the text.
         tasks: the built-in tasks, None without.
         harness: tasks of lm-evaluation-harness, None without.
+        finished: what earlier checks measured.
         progress: where to report to.
 
     Attributes:
@@ -48,6 +49,7 @@ class Run:
         windows: TokenWindows,
         tasks: TaskRun | None,
         harness: Harness | None,
+        finished: FinishedRows,
         progress: Progress,
     ) -> None:
         self._model, self._settings, self._windows = opened.model, settings, windows
@@ -57,7 +59,7 @@ class Run:
         dtype = str(opened.model.dtype).removeprefix("torch.")
         self._name = _SHORT_DTYPES.get(dtype, dtype)
         self._full_bits = 8.0 * opened.model.dtype.itemsize
-        self.full_scores = self._scores(f"{self._name} (full)", None)
+        self.full_scores = self._full_scores(f"{self._name} (full)", finished)
 
     def measure(self, candidate: Candidate) -> Measured:
         """Everything about one candidate; its format is gone afterwards.
@@ -87,6 +89,7 @@ class Run:
             label=candidate.label,
             objective=candidate.objective,
             fitted=candidate.fitted,
+            origin=dict(candidate.origin),
             key_bits=key_bits,
             value_bits=value_bits,
             bits_per_channel=share * key_bits + (1 - share) * value_bits,
@@ -120,6 +123,7 @@ class Run:
             label=f"{self._name} (full)",
             objective=None,
             fitted=False,
+            origin={},
             key_bits=self._full_bits,
             value_bits=self._full_bits,
             bits_per_channel=self._full_bits,
@@ -147,6 +151,20 @@ class Run:
         if len(self._full.nll) == number:
             add_window(self._full, reference, reference, self._windows.ids[number])
         return reference
+
+    def _full_scores(self, label: str, finished: FinishedRows) -> list[tuple[Score, ...]]:
+        """As :meth:`_scores`, but what was answered before is not asked again."""
+        before = finished.find_full()
+        if before is None:
+            found = self._scores(label, None)
+            if self._tasks is not None or self._harness is not None:
+                answers = [] if self._tasks is None else self._tasks.full_answers
+                finished.keep(None, FullScores(answers, found[1]))
+            return found
+        if self._harness is not None:
+            self._harness.resume(before.tasks)
+        built_in = () if self._tasks is None else self._tasks.scored(label, before.answers)
+        return [built_in, before.tasks]
 
     def _scores(self, label: str, format: CacheFormat | None) -> list[tuple[Score, ...]]:
         """Of the built-in tasks, then of the harness; none where none are asked for."""

@@ -32,7 +32,8 @@ class CheckSettings:
         window: replaces the calibration's window.
         sinks: replaces the calibration's sinks.
         by_layer: also measure each layer's keys and values alone.
-        context: tokens that bits are also computed for; None is `window_length`.
+        context: tokens that bits are also computed for, and that pass keys and the prompts that
+            tasks make get as long as; None is `window_length`, and their usual lengths.
         generation: built-in tasks to answer besides, see :mod:`cqtool.quality.items`; ``all`` for
             all.
         tasks: tasks of lm-evaluation-harness, see :mod:`cqtool.quality.harness`.

@@ -21,15 +21,27 @@ from cqtool.progress import SILENT, Progress
 from cqtool.quality.items import TASKS, Item, demo_prose, make_items
 from cqtool.quality.scores import Generation, Score
 from cqtool.quality.statistics import compare_items
+from cqtool.quality.text import context_limit
 
 SEED = 0
 """The items are the same in every check, so that reports can be compared."""
 TOGETHER = 16
 """Most items in a batch; models that compute logits for a whole context do it for all of them."""
+TOKENS_TOGETHER = 8192
+"""Most tokens of the contexts in a batch, padding included; what is longer is answered alone."""
 
 
-def task_items(opened: OpenedModel, names: Sequence[str], count: int) -> list[Item]:
+def task_items(
+    opened: OpenedModel, names: Sequence[str], count: int, context: int | None = None
+) -> list[Item]:
     """The first `count` items of each task in `names`, of all tasks for ``all``.
+
+    Args:
+        opened: the model and its tokenizer.
+        names: of tasks.
+        count: items of each.
+        context: tokens that pass keys are hidden in at most, as far as the model takes them; None
+            for the usual lengths.
 
     Raises:
         RecipeError: a name is unknown.
@@ -44,11 +56,13 @@ def task_items(opened: OpenedModel, names: Sequence[str], count: int) -> list[It
         return []
     tasks = TASKS if "all" in names else dict.fromkeys(names)
     prose, tokenizer = demo_prose(), opened.tokenizer
-    limit = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(opened)
     return [
         item
         for task in tasks
-        for item in make_items(task, tokenizer, prose, count=count, limit=limit, seed=SEED)
+        for item in make_items(
+            task, tokenizer, prose, count=count, limit=limit, context=context, seed=SEED
+        )
     ]
 
 
@@ -58,11 +72,14 @@ class TaskRun:
     Args:
         opened: the model and its tokenizer.
         items: as :func:`task_items` returns them, the same number for each task.
+
+    Attributes:
+        full_answers: token ids of the first format's answers, item by item.
     """
 
     def __init__(self, opened: OpenedModel, items: Sequence[Item]) -> None:
         self._opened, self._items = opened, items
-        self._references: list[list[int]] = []
+        self.full_answers: list[list[int]] = []
         self._full: list[dict[str, float]] = []
 
     def measure(
@@ -77,16 +94,19 @@ class TaskRun:
         """
         answers: dict[int, list[int]] = {}
         with progress.task(f"generation, {label}", total=len(self._items)) as bar:
-            for numbers in batches(self._items):
+            for numbers in batches(self._items, may_pad(self._opened.model, format)):
                 together = [self._items[number] for number in numbers]
                 new = continuations(self._opened.model, together, format)
                 answers.update(zip(numbers, new, strict=True))
                 bar.advance(len(numbers))
-        ordered = [answers[number] for number in range(len(self._items))]
-        self._references = self._references or ordered
+        return self.scored(label, [answers[number] for number in range(len(self._items))])
+
+    def scored(self, label: str, answers: list[list[int]]) -> tuple[Score, ...]:
+        """The scores of a format by its `answers` (token ids) to all items."""
+        self.full_answers = self.full_answers or answers
         found = [
             outcome(item, str(self._opened.tokenizer.decode(new)), new, reference)
-            for item, new, reference in zip(self._items, ordered, self._references, strict=True)
+            for item, new, reference in zip(self._items, answers, self.full_answers, strict=True)
         ]
         self._full = self._full or found
         return tuple(summarise_items(label, self._items, self._full, found))
@@ -97,18 +117,42 @@ class TaskRun:
         return Generation(tasks, len(self._items) // len(tasks), SEED, tuple(scores))
 
 
-def batches(items: Sequence[Item]) -> list[list[int]]:
-    """Which items are answered together, as their numbers: at most :data:`TOGETHER`, all alike in
-    length, since padding would change what some formats code."""
-    alike: dict[tuple[int, int, int], list[int]] = {}
+def batches(items: Sequence[Item], padded: bool) -> list[list[int]]:
+    """Which items are answered together, as their numbers.
+
+    Args:
+        items: of all tasks.
+        padded: whether the contexts of a batch may differ in length.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
     for number, item in enumerate(items):
-        shape = len(item.context), len(item.question), item.new_tokens
+        shape = len(item.question), item.new_tokens, 0 if padded else len(item.context)
         alike.setdefault(shape, []).append(number)
-    return [
-        numbers[start : start + TOGETHER]
-        for numbers in alike.values()
-        for start in range(0, len(numbers), TOGETHER)
-    ]
+    found = []
+    for numbers in alike.values():
+        numbers.sort(key=lambda number: len(items[number].context))
+        batch: list[int] = []
+        for number in numbers:
+            tokens = (len(batch) + 1) * len(items[number].context)
+            if batch and (len(batch) == TOGETHER or tokens > TOKENS_TOGETHER):
+                found.append(batch)
+                batch = []
+            batch.append(number)
+        found.append(batch)
+    return found
+
+
+def may_pad(model: PreTrainedModel, format: CacheFormat | None) -> bool:
+    """Whether a context may have padding on its left.
+
+    Not where tokens are coded in blocks, since a row's tokens would come into other blocks; nor
+    where positions cannot be given (ALiBi), or the longest row decides the RoPE of all.
+    """
+    told = "position_ids" in inspect.signature(model.forward).parameters
+    tables = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in (tables, *tables.values()) if isinstance(one, dict)}
+    alone = format is None or all(codecs.block == 1 for codecs in format.layers)
+    return told and alone and not kinds & {"dynamic", "longrope"}
 
 
 def continuations(
@@ -121,17 +165,41 @@ def continuations(
 
     Args:
         model: the model.
-        items: of the same lengths.
+        items: as :func:`batches` puts them together.
         format: on the model's device; None is full precision.
     """
     cache: Cache = DynamicCache(config=model.config) if format is None else CQCache(format, model)
-    new: list[Tensor] = []
+    device, longest = model.device, max(len(item.context) for item in items)
+    missing = torch.tensor([[longest - len(item.context)] for item in items], device=device)
+    # What stands in place of the missing tokens is never looked at.
+    rows = [(0,) * (longest - len(item.context)) + item.context for item in items]
+    ids, known, new = torch.tensor(rows, device=device), 0, list[Tensor]()
+    padding = bool((missing > 0).any())
+
+    def places(count: int) -> dict[str, Tensor]:
+        """Which columns are real, and where the newest `count` stand; nothing without padding."""
+        if not padding:
+            return {}
+        columns = torch.arange(known + count, device=device)
+        real = (columns >= missing).long()
+        return {"attention_mask": real, "position_ids": (columns - missing)[:, known:].clamp(min=0)}
+
     with torch.no_grad():
-        context = torch.tensor([item.context for item in items], device=model.device)
-        model(input_ids=context, past_key_values=cache, use_cache=True, **_last_only(model))
-        ids = torch.tensor([item.question for item in items], device=model.device)
+        model(
+            input_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+            **places(longest),
+            **_last_only(model),
+        )
+        known = longest
+        ids = torch.tensor([item.question for item in items], device=device)
         while len(new) < items[0].new_tokens:
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            count = ids.shape[1]
+            logits = model(
+                input_ids=ids, past_key_values=cache, use_cache=True, **places(count)
+            ).logits
+            known += count
             ids = logits[:, -1:].argmax(dim=-1)
             # Read at the end: a GPU need not wait for Python after each token.
             new.append(ids)

@@ -8,6 +8,13 @@ from cqtool.models.load import OpenedModel
 from cqtool.quality.settings import CheckSettings
 
 
+def context_limit(opened: OpenedModel) -> int | None:
+    """Most tokens that the model takes, prompt and answer together; None where it does not say."""
+    text = opened.model.config.get_text_config()
+    limit: int | None = getattr(text, "max_position_embeddings", None)
+    return limit
+
+
 def evaluation_windows(opened: OpenedModel, settings: CheckSettings) -> TokenWindows:
     """Token windows ``[windows, window_length]`` from the beginning of the text.
 

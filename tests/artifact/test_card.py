@@ -201,7 +201,10 @@ def test_the_command_leaves_out_what_a_reader_does_not_have(calibration: Path) -
     edit_json(calibration / "reports" / "quality.json", change)
     command = card_of(calibration, repo_id="org/tiny-cq").split("```bash\n")[1].split("```")[0]
     assert "--generation copy" in command and "--tasks winogrande" in command
-    assert "--items" not in command and "--compare" not in command
+    assert "--items" not in command and "--compare" not in command and "--context" not in command
+    edit_json(calibration / "reports" / "quality.json", lambda report: report.update(context=4096))
+    command = card_of(calibration, repo_id="org/tiny-cq").split("```bash\n")[1].split("```")[0]
+    assert "--context 4096" in command
 
 
 def test_commands_are_ones_that_cqtool_has(calibration: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
+import re
 import weakref
 
 import numpy as np
@@ -21,6 +23,7 @@ from cqtool.models.load import open_model
 from cqtool.quality import candidates, check, reference
 from cqtool.quality.measure import full_logits
 from cqtool.quality.reference import Reference
+from cqtool.recipe import recipe_of
 from cqtool.schemes import SCHEMES
 from cqtool.schemes.scalar import IntCodec
 from cqtool.schemes.scheme import uncalibrated
@@ -224,6 +227,29 @@ def test_another_calibration_is_compared_window_by_window(folder, opened, tiny_t
     assert report.rows[1].context_bits < report.rows[1].effective_bits
     with pytest.raises(ArtifactError, match="not a folder"):
         check(opened, folder, settings(tiny_text_file, against=("./nowhere",)))
+
+
+def test_each_row_says_what_it_was_made_from(folder, opened, tiny_text_file, tmp_path):
+    seed = {"calibration.seed": 7}
+    other = calibrated(opened, tiny_text_file, tmp_path / "other", format="cq-8c4b", **seed)
+    names = (str(other), "cq-8c4b", "vecinfer-1", "int4")
+    report = check(opened, folder, settings(tiny_text_file, compare=names)).to_json()
+    full, own, another, fitted, learned, plain = [row["origin"] for row in report["rows"]]
+
+    def files(path, seed):
+        digests = {
+            name: hashlib.sha256((path / name).read_bytes()).hexdigest()
+            for name in ("cq_config.json", "codebooks.safetensors")
+        }
+        return {"recipe": recipe_of(path).digest, "seed": seed, **digests}
+
+    assert own == files(folder, 0) and another == files(other, 7)
+    assert own["recipe"] != another["recipe"]
+    recipe = recipe_of(folder, {"format": "cq-8c4b"}).digest
+    assert fitted == {"recipe": recipe, "seed": 0, "samples": learned["samples"]}
+    assert learned == {"scheme": "vecinfer-1", "samples": learned["samples"]}
+    assert re.fullmatch(r"[0-9a-f]{64}", learned["samples"])
+    assert (full, plain) == ({}, {"scheme": "int4"})
 
 
 def test_the_command_prints_what_fits_and_draws_what_it_should(

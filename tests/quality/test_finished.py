@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import weakref
+from collections import Counter
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
@@ -24,6 +26,18 @@ from cqtool.schemes import SCHEMES
 from cqtool.schemes.scheme import Scheme
 
 FITTED = "vecinfer-1"
+WORD = """
+task: tiny_word
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +107,7 @@ def test_an_interrupted_check_goes_on_and_ends_in_the_same_bytes(
     break_once(monkeypatch, "cq-8c4b fisher", KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         check(opened, folder, asked)
-    assert len(list(work_of(folder).iterdir())) == 3
+    assert len(list(work_of(folder).iterdir())) == 4  # full precision, and three formats
     made.clear()
     again = check(opened, folder, asked)
     assert made == labels[3:] == ["cq-8c4b fisher", "int2"]
@@ -101,6 +115,42 @@ def test_an_interrupted_check_goes_on_and_ends_in_the_same_bytes(
     kept = json.loads((folder / "reports" / "quality.json").read_text())
     assert kept == json.loads(json.dumps(whole))
     assert not work_of(folder).exists()
+
+
+def test_finished_formats_and_full_precision_answer_no_item_twice(
+    folder, opened, tiny_text, tiny_text_file, prose, tmp_path, monkeypatch
+):
+    pytest.importorskip("lm_eval", reason="needs: pip install 'cqtool[tasks]'")
+    data = tmp_path / "data.jsonl"
+    question = " ".join(tiny_text.split()[:30])
+    data.write_text(json.dumps({"question": question, "answer": " the"}))
+    (tmp_path / "word.yaml").write_text(WORD.format(data=data))
+    asked = settings(
+        tiny_text_file,
+        compare=("int4", "int2"),
+        generation=("divergence", "copy"),
+        tasks=("tiny_word",),
+        task_folder=tmp_path,
+        items=2,
+    )
+    whole = check(opened, folder, asked).to_json()
+    assert all(score["difference"] for score in whole["tasks"]["scores"][1:])
+    answered, generated = [], tasks.continuations
+
+    def continuations(model, items, format):
+        answered.append("full" if format is None else format.name)
+        return generated(model, items, format)
+
+    monkeypatch.setattr(tasks, "continuations", continuations)
+    for label in (whole["rows"][1]["label"], "int2"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            break_once(patch, label, KeyboardInterrupt)
+            check(opened, folder, asked)
+    again = check(opened, folder, asked).to_json()
+    # Each format's batches follow each other; in the first run only full precision came so far.
+    assert [name for name, _ in groupby(answered)] == ["full", "cq-4c6b", "int4", "int2"]
+    assert len(set(Counter(answered).values())) == 1
+    assert json.dumps(again) == json.dumps(whole)
 
 
 def test_where_all_rows_are_there_only_full_precision_is_measured(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from synthetic_artifact import edit_json
 from transformers import DynamicCache
 from typer.main import get_command
 from typer.testing import CliRunner
+from zoo import random_ids, tiny
 
 from cqtool.artifact.export import export
 from cqtool.artifact.measured import read_quality
@@ -40,6 +42,7 @@ from cqtool.quality.tasks import (
     TaskRun,
     batches,
     continuations,
+    may_pad,
     outcome,
     summarise_items,
     task_items,
@@ -124,6 +127,25 @@ def test_pass_keys_lie_at_every_depth_of_every_length(tiny_tokenizer, prose):
         assert places[-1] == pytest.approx(depth, abs=0.05)
     for places in found.values():
         assert places == sorted(places)
+
+
+def test_pass_keys_grow_with_the_context_that_is_asked_for(tiny_tokenizer, prose):
+    usual = make_items("passkey", tiny_tokenizer, prose, count=6)
+    assert make_items("passkey", tiny_tokenizer, prose, count=6, context=2048) == usual
+    assert make_items("passkey", tiny_tokenizer, prose, count=6, context=300) == usual
+
+    def lengths(**given):
+        items = make_items("passkey", tiny_tokenizer, prose, count=6, **given)
+        found = [int(item.group.split()[0]) for item in items]
+        longest = max(len(item.context) + len(item.question) for item in items)
+        assert 0.9 * max(found) < longest <= max(found)
+        for item in items:
+            assert tiny_tokenizer.decode(item.context).count(item.answer) == 1
+        return found
+
+    assert lengths(context=9000) == [256, 512, 1024, 2048, 4096, 8192]
+    assert lengths(context=9000, limit=5000) == [256, 512, 1024, 2048, 4096, 256]
+    assert lengths(context=9000, limit=200) == [184] * 6
 
 
 def test_pass_keys_stay_within_the_models_context(tiny_tokenizer, prose):
@@ -287,20 +309,62 @@ def test_items_of_one_length_are_answered_together_as_they_are_alone(opened, pro
     divergence = make_items("divergence", opened.tokenizer, prose, count=TOGETHER + 1)
     items = [*divergence[:3], *make_items("copy", opened.tokenizer, prose, count=2)]
     items += divergence[3:]
-    together = batches(items)
+    together = batches(items, padded=False)
     # All prose is of one length; copies may happen to be.
     assert together[0] == [0, 1, 2, *range(5, TOGETHER + 2)]
     assert [TOGETHER + 2] in together
     assert sorted(number for numbers in together for number in numbers) == [*range(len(items))]
-    geometry = read_geometry(opened.model)
-    for format in (
-        None,
-        make_format("int2", geometry, 4, 2),
-        make_format("kivi-2", geometry, 8, 0),
-    ):
+    for format in formats(opened):
         alone = [continuations(opened.model, [item], format)[0] for item in divergence[:4]]
         assert continuations(opened.model, divergence[:4], format) == alone
         assert len({tuple(one) for one in alone}) == 4
+
+
+def formats(opened):
+    geometry = read_geometry(opened.model)
+    blocks = make_format("kivi-2", geometry, 8, 0)
+    return None, make_format("int2", geometry, 4, 2), make_format("int2", geometry, 0, 0), blocks
+
+
+def test_items_of_other_lengths_are_padded_where_no_blocks_would_move(opened, prose):
+    *padded, blocks = formats(opened)
+    assert [may_pad(opened.model, format) for format in (*padded, blocks)] == [True] * 3 + [False]
+    found = [make_items("divergence", opened.tokenizer, prose, count=6)[at] for at in range(6)]
+    items = [replace(item, context=item.context[20 * at :]) for at, item in enumerate(found)]
+    assert batches(items, padded=True) == [[5, 4, 3, 2, 1, 0]]
+    assert batches(items, padded=False) == [[at] for at in range(6)]
+    for format in padded:
+        alone = [continuations(opened.model, [item], format)[0] for item in items]
+        assert continuations(opened.model, items, format) == alone
+        assert len({tuple(one) for one in alone}) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "padded"),
+    [
+        *(("gemma3", True), ("mistral", True), ("gpt2", True)),
+        *(("bloom", False), ("dynamic", False), ("longrope", False)),
+    ],
+)
+def test_padding_changes_no_answer_in_any_kind_of_model(name, padded):
+    model = tiny(name)
+    format = make_format("int2", read_geometry(model), 4, 2)
+    rows = random_ids(4, 40).tolist()
+    items = [Item("t", tuple(row[9 * at :]), (5, 6, 7), "x", 8) for at, row in enumerate(rows)]
+    for one in (None, format):
+        assert may_pad(model, one) == padded
+        if padded:
+            alone = [continuations(model, [item], one)[0] for item in items]
+            assert continuations(model, items, one) == alone
+
+
+def test_long_contexts_are_answered_few_at_a_time():
+    def item(tokens):
+        return Item("passkey", (1,) * tokens, (2,), "1", 1)
+
+    items = [item(tokens) for tokens in (9000, 2048, 100, 2000, 2048, 2048, 2048)]
+    together = batches(items, padded=True)
+    assert together == [[2, 3, 1, 4], [5, 6], [0]]
 
 
 def test_scores_stand_in_the_items_order_whatever_was_answered_together(opened, prose):
