@@ -12,87 +12,56 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from math import sqrt
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from pages import replaced, rewrite
+from quality_reports import (
+    FOUR,
+    HALF_MORE,
+    LDLQ,
+    MORE,
+    ONE,
+    RESULTS,
+    TWO,
+    answers,
+    both,
+    read,
+    wikitext,
+)
 
 from cqtool.report.pareto import plot_pareto
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "quality.md"
-RESULTS = ROOT / "docs" / "results" / "quality"
 PLOT = ROOT / "docs" / "images" / "quality-pareto.png"
 
-WIKITEXT = (
-    *("cq-8c8b", "by-layer-tuned", "other-rates", "blocks", "nsnquant-tasq"),
-    *("commvq-1", "commvq-2", "transformers", "kvquant"),
+GROUPINGS = (
+    ("correlation", "cq-2c8b as calibrated"),
+    ("balanced pairs", FOUR),
+    ("balanced, with error feedback", LDLQ),
 )
-"""Reports on the same windows of WikiText-2."""
-
-ONE, MORE = "1 bit by layer, tuned", "1.25 bits by layer, tuned"
-"""The formats with bits by layer, as this page calls them."""
-
-OWN = {
-    ("by-layer-tuned", 1): ONE,
-    ("by-layer-tuned", 2): MORE,
-    ("by-layer-window-128", 1): ONE,
-    ("by-layer-c-headers", 1): ONE,
-    ("by-layer-dictionary", 1): ONE,
-    ("transformers", 1): "1 bit by layer, as calibrated",
-    ("kvquant", 1): "1 bit by layer, as calibrated",
-    ("cq-8c8b", 1): "cq-8c8b tuned",
-    ("cq-8c8b", "cq-8c8b fisher (b1)"): "cq-8c8b tuned, L2 encoder",
-    ("cq-8c8b", "cq-8c8b query (cal)"): "cq-8c8b as calibrated",
-    ("other-rates", 1): "cq-8c10b tuned",
-    ("other-rates", "cq-4c8b fisher (b2)"): "cq-4c8b tuned, L2 encoder",
-    ("other-rates", "cq-2c8b query (b4)"): "cq-2c8b as calibrated",
-    ("window-128", 1): "cq-8c8b tuned, L2 encoder",
-    ("dictionary", 1): "cq-8c8b tuned",
-    ("dictionary", "cq-8c8b fisher (b1)"): "cq-8c8b tuned, L2 encoder",
-    ("dictionary", "cq-8c8b query (cal)"): "cq-8c8b as calibrated",
-    ("c-headers", 1): "cq-8c8b tuned",
-    ("c-headers", "cq-8c8b fisher (b1)"): "cq-8c8b tuned, L2 encoder",
-    ("c-headers", "cq-8c8b query (cal)"): "cq-8c8b as calibrated",
-}
-"""What reports call this project's own formats after folders, by report and label or place."""
-
+"""Formats with the objective `query` that differ in their groups."""
 
 KEPT = 0.8
 """Of the gain over the paper's method, how much shall stay on text of another domain."""
+OF_FULL = 0.95
+"""Of full precision's score, how much shall stay in generation."""
 
-
-def read(name: str) -> dict[str, Any]:
-    """A committed report, its rows under the names of this page."""
-    report: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    for place, row in enumerate(report["rows"]):
-        label = OWN.get((name, place)) or OWN.get((name, row["label"])) or row["label"]
-        row["own"], row["label"] = label != row["label"], label
-        if place:
-            # Measured in fp32; a released model's window takes half of that.
-            bits, exact = row["bits_per_channel"], 32 - row["bits_per_channel"]
-            row["effective_bits"] = bits + (16 - bits) * (row["effective_bits"] - bits) / exact
-    return report
-
-
-def wikitext() -> dict[str, Any]:
-    """All reports on WikiText-2 without a window as one; those of a format twice are the same."""
-    whole, *others = map(read, WIKITEXT)
-    rows = {row["label"]: row for row in whole["rows"]}
-    for report in others:
-        assert report["evaluation"] == whole["evaluation"]
-        for row in report["rows"]:
-            # The format that a report checked stands in all of them, under its objective here.
-            if row["label"] != "cq-8c8b query":
-                rows.setdefault(row["label"], row)
-    return {**whole, "rows": list(rows.values())}
-
-
-def both(name: str) -> list[dict[str, Any]]:
-    """A report's rows with those of the format by layer on the same text."""
-    report, own = read(name), read(f"by-layer-{name}")
-    assert report["evaluation"] == own["evaluation"]
-    return [*report["rows"], own["rows"][1]]
+PAIRS = (
+    (ONE, "cq-4c8b paper"),
+    (ONE, "tasq-1"),
+    (MORE, "tasq-1.25"),
+    (TWO, "commvq-2"),
+    (HALF_MORE, "nsnquant-2"),
+    (HALF_MORE, "kivi-2"),
+    (FOUR, "kitty-pro"),
+    (FOUR, "hqq-4"),
+    ("cq-2c10b as calibrated", "kivi-4"),
+)
+"""Own formats, and the best of others at as many bits or more."""
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -109,6 +78,18 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         )
 
 
+def groupings(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The same codes in other groups, as calibrated."""
+    yield "| bits | groups | KL | perplexity |"
+    yield "| ---: | --- | ---: | ---: |"
+    for name, label in GROUPINGS:
+        row = rows[label]
+        yield (
+            f"| {row['bits_per_channel']:.0f} | {name} | {row['kl']:.4f} ± {row['kl_se']:.4f} "
+            f"| {row['perplexity_increase']:+.1%} |"
+        )
+
+
 def targets(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     """What was aimed at, and what was reached."""
     one, paper = rows[ONE], rows["cq-8c8b paper"]
@@ -116,7 +97,7 @@ def targets(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     unseen = {row["label"]: row for row in both("c-headers")}
     kept = (1 - unseen[ONE]["kl"] / unseen["cq-8c8b paper"]["kl"]) / gain
     window = {row["label"]: row for row in read("window-128")["rows"]}
-    two, four = rows["cq-4c8b tuned, L2 encoder"], rows["cq-2c8b as calibrated"]
+    two = rows[TWO]
     at_most = (
         ("1 bit: KL of the paper's 2 bits", one["kl"], rows["cq-4c8b paper"]["kl"]),
         (
@@ -127,7 +108,8 @@ def targets(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
         ("1.25 bits: KL", rows[MORE]["kl"], 0.22),
         ("2 bits: KL", two["kl"], 0.12),
         ("2 bits: perplexity increase", two["perplexity_increase"], 0.06),
-        ("4 bits: KL", four["kl"], 0.012),
+        ("4 bits, in the kernels: KL", rows[FOUR]["kl"], 0.012),
+        ("4 bits, with error feedback: KL", rows[LDLQ]["kl"], 0.012),
         ("1 bit, 4 sinks, last 128: KL", window["cq-8c8b tuned, L2 encoder"]["kl"], 0.06),
     )
     yield "| | target | measured | |"
@@ -137,6 +119,24 @@ def targets(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield f"| {name} | ≤ {limit:.3f} | {found:.4f} | {met} |"
     met = "met" if kept >= KEPT else "missed"
     yield f"| C headers: gain over the paper, of WikiText-2's | ≥ {KEPT} | {kept:.4f} | {met} |"
+    for format, score, error in generation_of_full():
+        met = "met" if score >= OF_FULL else "missed"
+        yield (
+            f"| tasks at 1.25 bits, 4 sinks, last 64, of full precision's score: {format} "
+            f"| ≥ {OF_FULL} | {score:.2f} ± {error:.2f} | {met} |"
+        )
+
+
+def paired(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Formats beside others window by window, which says more than their standard errors do."""
+    yield "| | against | KL, difference | better in |"
+    yield "| --- | --- | ---: | ---: |"
+    for one, other in PAIRS:
+        pairs = zip(*(rows[name]["per_window"]["kl"] for name in (one, other)), strict=True)
+        gaps = [a - b for a, b in pairs]
+        error = stdev(gaps) / sqrt(len(gaps))
+        better = sum(gap < 0 for gap in gaps)
+        yield f"| {one} | {other} | {mean(gaps):+.4f} ± {error:.4f} | {better} of {len(gaps)} |"
 
 
 def layers(name: str, text_of: str) -> Iterator[str]:
@@ -158,20 +158,32 @@ def layers(name: str, text_of: str) -> Iterator[str]:
     yield f"| layer | | KL | share |\n| ---: | --- | ---: | ---: |\n{rows}"
 
 
+def generation_of_full() -> Iterator[tuple[str, float, float]]:
+    """Each format's share of full precision's right answers over all tasks, and its error.
+
+    The error is that of the paired differences; full precision's own score counts as given.
+    """
+    full, *others = answers().items()
+    right = [one for score in full[1].values() for one in score["per_item"]]
+    for name, scores in others:
+        own = [one for task in full[1] for one in scores[task]["per_item"]]
+        gaps = [a - b for a, b in zip(own, right, strict=True)]
+        yield name, sum(own) / sum(right), stdev(gaps) / sqrt(len(gaps)) / mean(right)
+
+
 def generation() -> Iterator[str]:
     """Scores of tasks, and the paired difference to full precision."""
     yield "| task | format | items | score | difference |"
     yield "| --- | --- | ---: | ---: | ---: |"
-    for path in sorted(RESULTS.glob("generation-*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        for score in report["generation"]["scores"]:
-            if score["group"] is None and score["measure"] == "exact":
-                own = "full precision" if "full" in score["format"] else "cq-8c10b tuned"
-                error = score["difference_se"]
-                yield (
-                    f"| {score['task']} | {own} | {score['items']} | {score['score']:.2f} "
-                    f"| {score['difference']:+.2f}{f' ± {error:.2f}' if error else ''} |"
-                )
+    found = answers()
+    for task in next(iter(found.values())):
+        for name, scores in found.items():
+            score = scores[task]
+            error = score["difference_se"]
+            yield (
+                f"| {task} | {name} | {score['items']} | {score['score']:.2f} "
+                f"| {score['difference']:+.2f}{f' ± {error:.2f}' if error else ''} |"
+            )
 
 
 def measured() -> str:
@@ -182,6 +194,8 @@ def measured() -> str:
     parts = [
         "## Targets",
         "\n".join(targets(rows)),
+        "Beside other formats, window by window of WikiText-2 without a window of recent tokens:",
+        "\n".join(paired(rows)),
         "## Without a window",
         f"{evaluation['windows']} windows of {evaluation['window_length']} tokens of WikiText-2's "
         "test split, every token coded:",
@@ -196,14 +210,18 @@ def measured() -> str:
         "A dictionary of computing (FOLDOC), some of whose entries are from the Jargon File, as "
         "part of the mixture is:",
         "\n".join(table(both("dictionary"))),
+        "## Which channels form a group",
+        "Codebooks as calibrated, every token coded, on the same windows of WikiText-2:",
+        "\n".join(groupings(rows)),
         "## Where bits matter",
         "`cqtool check --by-layer`: the KL of cq-8c8b tuned with the keys or values of one layer "
         "coded and all else exact.",
         "\n\n".join(layers("by-layer", "the calibration text")),
         "\n\n".join(layers("by-layer-recall", "text that says again what stood long before")),
         "## Generation",
-        "Greedy answers, 1.25 bits with 4 sinks and the last 64 tokens, on a CPU; few items, and "
-        "codebooks that were tuned without a window:",
+        "Greedy answers at 1.25 bits with 4 sinks and the last 64 tokens exact, on a CPU. The "
+        "format by layer is that of the recipe `smollm2-135m-1.25bit-recall`, tuned with this "
+        "window on text that says again what stood before:",
         "\n".join(generation()),
         "## Tuning",
         "\n".join(tuning()),

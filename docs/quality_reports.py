@@ -1,0 +1,100 @@
+"""The reports of docs/results/quality, under the names that docs/quality.md has for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results" / "quality"
+
+WIKITEXT = (
+    *("cq-8c8b", "by-layer-tuned", "by-layer-2", "by-layer-2.5", "other-rates", "cq-2c10b"),
+    *("balanced-2c8b", "balanced-2c8b-ldlq"),
+    *("blocks", "nsnquant-tasq", "commvq-1", "commvq-2", "transformers", "kvquant"),
+)
+"""Reports on the same windows of WikiText-2."""
+
+ONE, MORE = "1 bit by layer, tuned", "1.25 bits by layer, tuned"
+TWO, HALF_MORE = "2 bits by layer, tuned", "2.5 bits by layer, tuned"
+"""The formats with bits by layer, as this page calls them."""
+FOUR = "cq-2c8b balanced pairs, as calibrated"
+LDLQ = "cq-2c8b balanced, error feedback, as calibrated"
+"""The best ones at 4 bits: one that the kernels encode and decode, and one without a kernel."""
+
+OWN = {
+    ("by-layer-tuned", 1): ONE,
+    ("by-layer-tuned", 2): MORE,
+    ("by-layer-2", 1): TWO,
+    ("by-layer-2.5", 1): HALF_MORE,
+    ("cq-2c10b", 1): "cq-2c10b as calibrated",
+    ("balanced-2c8b", 1): FOUR,
+    ("balanced-2c8b-ldlq", 1): LDLQ,
+    ("by-layer-window-128", 1): ONE,
+    ("by-layer-c-headers", 1): ONE,
+    ("by-layer-dictionary", 1): ONE,
+    ("transformers", 1): "1 bit by layer, as calibrated",
+    ("kvquant", 1): "1 bit by layer, as calibrated",
+    ("cq-8c8b", 1): "cq-8c8b tuned",
+    ("cq-8c8b", "cq-8c8b fisher (b1)"): "cq-8c8b tuned, L2 encoder",
+    ("cq-8c8b", "cq-8c8b query (cal)"): "cq-8c8b as calibrated",
+    ("other-rates", 1): "cq-8c10b tuned",
+    ("other-rates", "cq-4c8b fisher (b2)"): "cq-4c8b tuned, L2 encoder",
+    ("other-rates", "cq-2c8b query (b4)"): "cq-2c8b as calibrated",
+    ("window-128", 1): "cq-8c8b tuned, L2 encoder",
+    ("dictionary", 1): "cq-8c8b tuned",
+    ("dictionary", "cq-8c8b fisher (b1)"): "cq-8c8b tuned, L2 encoder",
+    ("dictionary", "cq-8c8b query (cal)"): "cq-8c8b as calibrated",
+    ("c-headers", 1): "cq-8c8b tuned",
+    ("c-headers", "cq-8c8b fisher (b1)"): "cq-8c8b tuned, L2 encoder",
+    ("c-headers", "cq-8c8b query (cal)"): "cq-8c8b as calibrated",
+}
+"""What reports call this project's own formats after folders, by report and label or place."""
+
+RECALL = "1.25 bits by layer for recall, tuned"
+"""What was tuned for generation."""
+
+
+def read(name: str) -> dict[str, Any]:
+    """A committed report, its rows under the names of this page."""
+    report: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    for place, row in enumerate(report["rows"]):
+        label = OWN.get((name, place)) or OWN.get((name, row["label"])) or row["label"]
+        row["own"], row["label"] = label != row["label"], label
+        if place:
+            # Measured in fp32; a released model's window takes half of that.
+            bits, exact = row["bits_per_channel"], 32 - row["bits_per_channel"]
+            row["effective_bits"] = bits + (16 - bits) * (row["effective_bits"] - bits) / exact
+    return report
+
+
+def wikitext() -> dict[str, Any]:
+    """All reports on WikiText-2 without a window as one; those of a format twice are the same."""
+    whole, *others = map(read, WIKITEXT)
+    rows = {row["label"]: row for row in whole["rows"]}
+    for report in others:
+        assert report["evaluation"] == whole["evaluation"]
+        for row in report["rows"]:
+            # The format that a report checked stands in all of them, under its objective here.
+            if row["label"] != "cq-8c8b query":
+                rows.setdefault(row["label"], row)
+    return {**whole, "rows": list(rows.values())}
+
+
+def both(name: str) -> list[dict[str, Any]]:
+    """A report's rows with those of the format by layer on the same text."""
+    report, own = read(name), read(f"by-layer-{name}")
+    assert report["evaluation"] == own["evaluation"]
+    return [*report["rows"], own["rows"][1]]
+
+
+def answers() -> dict[str, dict[str, dict[str, Any]]]:
+    """Scores of exact answers by format, as this page calls it, and task; full precision first."""
+    report = json.loads((RESULTS / "generation.json").read_text(encoding="utf-8"))
+    labels = (row["label"] for row in report["rows"])
+    names = dict(zip(labels, ("full precision", RECALL, "cq-8c10b paper"), strict=True))
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for score in report["generation"]["scores"]:
+        if score["group"] is None and score["measure"] == "exact":
+            found.setdefault(names[score["format"]], {})[score["task"]] = score
+    return found
