@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from cqtool.cli.app import app
@@ -145,12 +144,12 @@ def test_the_artifact_names_the_parts_and_no_folder(
     assert done.exit_code == 0, done.output
     card = (tmp_path / "artifact" / "README.md").read_text()
     assert "6 sequences of 64 tokens: 3 of `law, old.txt`, 3 of `talk.txt`, seed 0" in card
-    written = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
-    text = CalibrationText.model_validate(written["calibration"])
-    assert [part.dataset for part in text.parts] == ["PATH/TO/law, old.txt", "PATH/TO/talk.txt"]
+    config = json.loads((tmp_path / "artifact" / "cq_config.json").read_text())
+    text = CalibrationText.model_validate(config["recipe"]["calibration"])
+    assert [part.dataset for part in text.parts] == ["./law, old.txt", "./talk.txt"]
     assert [(part.split, part.share) for part in text.parts] == [("all", 1.0)] * 2
-    again = card.split("```yaml\n")[1].split("```bash\n")[1].split("```")[0]
-    assert "--recipe recipe.yaml" in again and "--dataset" not in again
+    assert "in a folder that holds `law, old.txt` and `talk.txt`:" in card
+    assert "cqtool verify org/name --rebuild" in card
     folder = str(texts[0].parent).encode()
     files = [path for path in (tmp_path / "artifact").rglob("*") if path.is_file()]
     assert len(files) > 5 and not any(folder in path.read_bytes() for path in files)

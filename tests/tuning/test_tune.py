@@ -92,7 +92,9 @@ def test_it_can_be_checked_and_exported(tuned, tiny_model_dir, tiny_text_file, t
     exported = CliRunner().invoke(app, ["export", str(out), "--out", str(tmp_path / "artifact")])
     assert exported.exit_code == 0, exported.output
     card = (tmp_path / "artifact" / "README.md").read_text()
-    assert "tuned end to end" in card and "--learning-rate 0.05" in card
+    assert "tuned end to end" in card and "--rebuild" in card
+    config = json.loads((tmp_path / "artifact" / "cq_config.json").read_text())
+    assert config["recipe"]["tuning"]["learning_rate"] == 0.05
 
 
 def test_a_finished_run_is_not_run_again(tuned, calibration, tiny_model_dir):
