@@ -147,7 +147,7 @@ def test_the_artifact_names_the_parts_and_no_folder(
     config = json.loads((tmp_path / "artifact" / "cq_config.json").read_text())
     text = CalibrationText.model_validate(config["recipe"]["calibration"])
     assert [part.dataset for part in text.parts] == ["./law, old.txt", "./talk.txt"]
-    assert [(part.split, part.share) for part in text.parts] == [("all", 1.0)] * 2
+    assert [(part.split, part.share) for part in text.parts] == [(None, 1.0)] * 2
     assert "in a folder that holds `law, old.txt` and `talk.txt`:" in card
     assert "cqtool verify org/name --rebuild" in card
     folder = str(texts[0].parent).encode()
