@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cqtool.codebooks.metric import RIDGE
+from cqtool.codebooks.metric import head_metric
 
 _LEAST_GAIN = 1e-6
 """Of a head's sum: an exchange has to bring so much, so that rounding decides nothing."""
@@ -126,14 +126,5 @@ def _blocks(matrices: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _matrices(covariance: Tensor, metric: Tensor) -> Tensor:
-    """Both as ``[2, heads, dim, dim]``, float64."""
-    return torch.stack([_regular(covariance), _regular(metric)])
-
-
-def _regular(matrix: Tensor) -> Tensor:
-    """Of mean 1 on the diagonal, float64, positive definite even where channels never change."""
-    matrix = matrix.double()
-    size = matrix.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
-    unit = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
-    scaled = torch.where(size > 0, matrix / size.where(size > 0, torch.ones_like(size)), unit)
-    return (scaled + scaled.mT) / 2 + RIDGE * unit
+    """Both as ``[2, heads, dim, dim]``, positive definite also where channels never change."""
+    return torch.stack([head_metric(covariance, None), head_metric(metric, None)])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cqtool.codebooks.codes import split_groups
 from cqtool.codebooks.gains import gain_table, sample_gains
-from cqtool.codebooks.grouping import check_grouping, choose_groups
+from cqtool.codebooks.grouping import check_grouping, choose_groups, is_balanced
 from cqtool.codebooks.kmeans import Engine
 from cqtool.codebooks.metric import (
     block_ldl,
@@ -171,13 +171,14 @@ def fit_layer(
             order: Tensor | None = given[kind]
         else:
             cost = moment
-            if cost is None and gradients is not None:
+            if is_balanced(code.grouping) and cost is None and gradients is not None:
                 cost = gradients.square().mean(dim=0).diag_embed()
             order = choose_groups(samples, code.grouping, code.channels, turned, cost)
         channels[kind], extras[kind] = order, {}
         weights = None
         if gradients is not None:
-            weights = fisher_weights(_in_order(gradients, order), code.channels)
+            gradients = _in_order(gradients, order)
+            weights = fisher_weights(gradients, code.channels)
         if code.gain == "token":
             extras[kind]["gains"] = gain_table(samples)
             gains = sample_gains(samples, extras[kind]["gains"])

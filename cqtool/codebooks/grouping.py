@@ -48,11 +48,16 @@ def choose_groups(
     if grouping == "contiguous":
         return None
     turned = grouping in PAIRED_GROUPINGS and rotation.style != "none"
-    if grouping.startswith("balanced"):
+    if is_balanced(grouping):
         return balanced(samples, channels, metric, rotation if turned else NO_ROTATION)
     if turned:
         return pair_groups(samples, channels, rotation)
     return correlation_groups(samples, channels)
+
+
+def is_balanced(grouping: Grouping) -> bool:
+    """Whether groups are chosen by what errors cost, for which there is a metric."""
+    return grouping in ("balanced", "balanced-pairs")
 
 
 def check_grouping(spec: CacheSpec, geometry: ModelGeometry) -> None:
@@ -128,8 +133,7 @@ def balanced(
     Raises:
         RecipeError: channels are turned and `channels` is odd.
     """
-    centred = [head.double() - head.double().mean(dim=0) for head in samples.unbind(dim=1)]
-    covariance = torch.stack([head.T @ head / len(head) for head in centred])
+    covariance = torch.stack([_covariance(head) for head in samples.unbind(dim=1)])
     if metric is None:
         metric = torch.eye(samples.shape[2]).expand_as(covariance)
     correlation = absolute_correlation(samples)
@@ -140,6 +144,12 @@ def balanced(
     found = [balanced_groups(covariance, metric, start) for start in starts]
     errors = [float(modelled_error(covariance, metric, groups).sum()) for groups in found]
     return _ordered(found[errors.index(min(errors))])
+
+
+def _covariance(head: Tensor) -> Tensor:
+    """Of one head's channels ``[tokens, head_dim]``; alone, because float64 copies are large."""
+    centred = head.double() - head.double().mean(dim=0)
+    return centred.T @ centred / len(head)
 
 
 def _turned_starts(correlation: Tensor, channels: int, rotation: KeyRotation) -> list[Tensor]:
