@@ -24,7 +24,6 @@ _KEPT: tuple[Part, ...] = ("decode", "end-to-end")
 _VERSIONS = frozenset({*PACKAGES, "python", "kernels_sha256"})
 """Not the commit: in a CI job it may be that of a repository of the user's own."""
 _REMEDY = "drop --keep, or give a calibration folder"
-_TOO_MANY = f"A model card has room for {MAX_ROWS} rows; measure fewer of --batch and --tokens."
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,9 @@ class Keeper:
             len(settings.caches) * ("end-to-end" in settings.chosen_parts),
         )
         if rows > MAX_ROWS:
-            raise RecipeError(_TOO_MANY)
+            raise RecipeError(
+                f"A model card has room for {MAX_ROWS} rows; measure fewer of --batch and --tokens."
+            )
         reports = folder / REPORTS_NAME
         where = reports if reports.exists() else folder
         if not where.is_dir() or not os.access(where, os.W_OK | os.X_OK):
@@ -108,16 +109,12 @@ class Keeper:
             The file; None where nothing was measured that it could hold, and an earlier one stays.
 
         Raises:
-            RecipeError: more was measured than a card has room for.
-            ArtifactError: the codebooks changed meanwhile.
+            ArtifactError: the export would refuse it, as where the codebooks changed meanwhile.
             EnvironmentProblem: the file cannot be written.
         """
         value = self._to_json(report)
-        texts = value["end_to_end"]
-        if not value["decode"] and texts is None:
+        if not value["decode"] and value["end_to_end"] is None:
             return None
-        if max(len(value["decode"]), len(texts["rows"]) if texts else 0) > MAX_ROWS:
-            raise RecipeError(_TOO_MANY)
         path = self.folder / REPORTS_NAME / SPEED_NAME
         # What the export would refuse must not take an earlier file's place.
         check_speed(value, path, self.folder)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+from cqtool.artifact.names import is_hub_id
 from cqtool.errors import ArtifactError
 from cqtool.layout.config import MAX_JSON_BYTES
 from cqtool.layout.fields import Fields
@@ -180,5 +181,5 @@ def _has(fields: Fields, key: str) -> bool:
 
 def _differ(one: str | None, other: str | None) -> bool:
     """Whether two names of models are Hub ids, and not the same."""
-    ids = [name for name in (one, other) if name is not None and not name.startswith("./")]
-    return len(set(ids)) == 2
+    ids = {name for name in (one, other) if name is not None and is_hub_id(name)}
+    return len(ids) == 2

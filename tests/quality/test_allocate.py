@@ -272,9 +272,10 @@ def test_a_report_of_another_model_is_refused(calibration: Path) -> None:
     edit_json(report, lambda values: values.update(model="some-org/Other"))
     said = _refused(calibration, "--bits", "1")
     assert "is of some-org/Other, and the calibration of some-org/Tiny-Model" in said
-    # A local folder may have any name.
-    edit_json(report, lambda values: values.update(model="./Other"))
-    assert _result(calibration, "--bits", "1")["bits_per_channel"] == 1.0
+    # A local folder or file may have any name.
+    for local in ("./Other", "/models/Other", "Other.gguf"):
+        edit_json(report, lambda values, local=local: values.update(model=local))
+        assert _result(calibration, "--bits", "1")["bits_per_channel"] == 1.0
     edit_json(report, lambda values: values.update(by_layer=values["by_layer"][:-1]))
     assert "other layers" in _refused(calibration, "--bits", "1")
 
