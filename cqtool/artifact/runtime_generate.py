@@ -6,14 +6,16 @@ user allows it, in the call that names the repository::
     model.generate(**inputs, custom_generate="org/name", trust_remote_code=True)
 
 transformers then runs a copy of this file that lies in its cache of modules, in a folder that is
-named after the commit. The rest of the artifact is fetched at the same commit, and every file is
-compared with the manifest before it is used. cqtool need not be installed.
+named after the commit. What the manifest lists is fetched at the same commit, and nothing else that
+lies in the repository; every file is compared with it before it is used. cqtool need not be
+installed.
 
 SPDX-License-Identifier: Apache-2.0
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.util
 import json
@@ -24,9 +26,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 
 _OWN, _RUNTIME = "custom_generate/generate.py", "build/torch-cuda"
+_MANIFEST = "manifest.json"
 _REMEDY = "Download the artifact again (force_download=True does), from a source that you trust."
 
 # What transformers asks the Hub by, which the model knows nothing of; the first are for here too.
@@ -143,14 +146,21 @@ def _fetch(repo: str, commit: str, folder: Path, fetching: dict[str, Any]) -> No
     """Let the Hub client complete `folder`; what its cache holds is not fetched again."""
     cause: Exception | None = None
     try:
-        snapshot_download(repo, revision=commit, **fetching)
+        manifest = Path(hf_hub_download(repo, _MANIFEST, revision=commit, **fetching))
+        names = list(_records(folder, manifest.read_bytes()))
+        # Patterns to the client, of which a name may hold the signs.
+        wanted = [glob.escape(name) for name in names]
+        snapshot_download(repo, revision=commit, allow_patterns=wanted, **fetching)
+    except ImportError:
+        raise
     except Exception as error:
         reason, cause = (str(error) or type(error).__name__).splitlines()[0], error
     else:
         # Without a network the client is content with a part of what it never saw a list of.
-        if (folder / "manifest.json").is_file():
+        lacking = [name for name in names if not (folder / name).is_file()]
+        if not lacking:
             return
-        reason = "the Hub client's cache lacks manifest.json"
+        reason = f"the Hub client's cache lacks {lacking[0]}"
     raise OSError(
         f"{repo} at {commit} cannot be fetched as a whole ({reason}); check the network, or load "
         "it once where there is one."
@@ -166,7 +176,7 @@ def _module_path(repo: str) -> str:
 def _new_cache(folder: Path, model: Any, allow_other_base: bool) -> Any:
     """An empty `CQCache` of the artifact in `folder`."""
     try:
-        manifest = (folder / "manifest.json").read_bytes()
+        manifest = (folder / _MANIFEST).read_bytes()
     except OSError as error:
         raise OSError(
             f"{folder} has no manifest.json that can be read, so it is no artifact of cqtool; give "
@@ -184,11 +194,8 @@ def _new_cache(folder: Path, model: Any, allow_other_base: bool) -> Any:
 
 def _load_runtime(folder: Path, manifest: bytes) -> Any:
     """The runtime's package, which compares its other files before it imports them."""
-    try:
-        records = json.loads(manifest)["files"]
-        runtime = {name: one for name, one in records.items() if name.startswith(f"{_RUNTIME}/")}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ImportError(f"{folder}/manifest.json is no list of digests. {_REMEDY}") from error
+    records = _records(folder, manifest)
+    runtime = {name: one for name, one in records.items() if name.startswith(f"{_RUNTIME}/")}
     if not _is_listed(records.get(_OWN), Path(__file__).read_bytes()):
         raise ImportError(
             f"{__file__} is not the {_OWN} that {folder} lists; remove that copy, and give as "
@@ -216,6 +223,14 @@ def _load_runtime(folder: Path, manifest: bytes) -> Any:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def _records(folder: Path, manifest: bytes) -> dict[str, Any]:
+    """What the manifest of `folder` says of each file, by its name."""
+    try:
+        return dict(json.loads(manifest)["files"].items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ImportError(f"{folder}/{_MANIFEST} is no list of digests. {_REMEDY}") from error
 
 
 def _is_listed(record: Any, data: bytes) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import HubServer
+from hub_server import Blob, HubServer
 from packaging.requirements import Requirement
 from runtime_artifact import NEW_TOKENS, PROMPT, generate, tiny_model, write_tiny_calibration
 
@@ -204,6 +204,11 @@ def test_transformers_runs_it_after_trust_and_takes_all_of_one_commit(
         tmp_path / "calibration", tmp_path / "later", repo_id=REPO, runtime=choice
     ).folder
     push(later, REPO)
+    # Somebody put more beside the artifact: no part of it, and nothing to be fetched.
+    repo = hub.repos[REPO]
+    more = {"model.safetensors": Blob(b"weights", True), "reports/more.png": Blob(b"PNG", False)}
+    repo.add("main", "by hand", repo.commits[-1].files | more)
+    hub.requests.clear()
     card = (later / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     (lines,) = [block for block in blocks if "custom_generate" in block]
@@ -212,6 +217,9 @@ def test_transformers_runs_it_after_trust_and_takes_all_of_one_commit(
     code = GENERATE.replace("REPO", REPO).replace("CARD", lines)
     result = run(python, hub, home, code, folder, json.dumps(PROMPT), NEW_TOKENS, first)
     assert result["cqtool"] == []
+    asked = [request for request in hub.requests if "/resolve/" in request]
+    assert any(request.endswith("/codebooks.safetensors") for request in asked)
+    assert not [request for request in asked if request.endswith(tuple(more))]
     # Nobody is there to answer the question; nothing was fetched, let alone run.
     for refused in result["refused"][:2]:
         assert refused.startswith("ValueError: The repository `org/tiny-cq` contains custom")

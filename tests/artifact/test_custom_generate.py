@@ -154,14 +154,21 @@ def test_its_repository_is_found_by_the_place_that_transformers_runs_it_in(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    fetched: list[tuple[str, str]] = []
+    fetched: list[tuple[str, str, list[str]]] = []
 
-    def download(repo_id: str, *, revision: str, cache_dir: Path) -> None:
-        fetched.append((repo_id, revision))
+    def file(repo_id: str, name: str, *, revision: str, cache_dir: Path) -> str:
         folder = cache_dir / f"models--{repo_id.replace('/', '--')}" / "snapshots" / revision
-        shutil.copytree(built, folder, dirs_exist_ok=True)
+        shutil.copyfile(built / name, folder / name)
+        return str(folder / name)
 
-    module.snapshot_download = download
+    def rest(repo_id: str, *, revision: str, allow_patterns: list[str], cache_dir: Path) -> None:
+        fetched.append((repo_id, revision, allow_patterns))
+        for name in allow_patterns if len(fetched) > 1 else allow_patterns[1:]:
+            folder = cache_dir / f"models--{repo_id.replace('/', '--')}" / "snapshots" / revision
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(built / name, folder / name)
+
+    module.hf_hub_download, module.snapshot_download = file, rest
     cache = tmp_path / "cache"
     # Another repository may hold the same commit: it is not the one that was trusted.
     for one, found in (("org/another", False), (repo, True)):
@@ -171,11 +178,15 @@ def test_its_repository_is_found_by_the_place_that_transformers_runs_it_in(
         if not found:
             with pytest.raises(OSError, match="does not hold the repository that this code"):
                 module.generate(model, input_ids=torch.ones(1, 4).long(), cache_dir=cache)
+    ids = torch.tensor([[5, 6, 7]])
+    listed = list(read_manifest(built))
+    # Without a network the client says nothing of what it lacks.
+    with pytest.raises(OSError, match=rf"as a whole \(the Hub client's cache lacks {listed[0]}\)"):
+        module.generate(model, input_ids=ids, cache_dir=cache)
     for _ in range(2):
-        ids = torch.tensor([[5, 6, 7]])
         output = module.generate(model, input_ids=ids, cache_dir=cache, max_new_tokens=2)
         assert output.shape == (1, 5)
-    assert fetched == [(repo, commit)]
+    assert fetched == [(repo, commit, listed)] * 2
 
 
 def test_nothing_runs_without_trust(artifact: Path, model: Any, tmp_path: Path) -> None:
