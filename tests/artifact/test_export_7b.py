@@ -10,14 +10,19 @@ from pathlib import Path
 import pytest
 from synthetic_artifact import config
 
+from cqtool.artifact.runtime_kernels import artifact_variants
 from cqtool.bench.export import MIB, measure_export, write_random_calibration
 from cqtool.bench.formats import parse_formats
 from cqtool.bench.shapes import SHAPES
+from cqtool.kernels.variants import ARCHITECTURES
 from cqtool.layout.config import CQConfig, read_config
 from cqtool.recipe import load_recipe
 from cqtool.spec import CacheSpec, CQSpec
 
-FORMAT = Path(__file__).parents[2] / "docs" / "artifact-format.md"
+DOCS = Path(__file__).parents[2] / "docs"
+FORMAT = DOCS / "artifact-format.md"
+MINUTE = 60
+"""What an export of this shape may take on two cores, with the kernels for every architecture."""
 
 
 def test_a_7b_model_is_exported_in_20_seconds_and_1_gib(
@@ -48,6 +53,21 @@ def of_7b(cache: CacheSpec, folder: Path) -> CQConfig:
     value["geometry"] = {"query_heads": shape.heads, "layers": [layer] * shape.layers}
     (folder / "cq_config.json").write_text(json.dumps(value | {"cache": cache.to_json()}))
     return read_config(folder)
+
+
+def test_with_kernels_for_every_architecture_it_took_a_minute_at_most(tmp_path: Path) -> None:
+    """Those of today are as many; tests/bench/test_export.py times some of them."""
+    report = json.loads((DOCS / "results" / "export.json").read_text(encoding="utf-8"))
+    assert (report["shape"], report["format"], report["cores"]) == ("llama-2-7b", "cq-8c8b", 2)
+    plain, compiled = report["rows"]
+    found = of_7b(load_recipe("cq-8c8b").spec, tmp_path)
+    assert compiled["architectures"] == list(ARCHITECTURES)
+    assert compiled["cubins"] == sum(len(artifact_variants(found, a)) for a in ARCHITECTURES)
+    assert compiled["seconds"] <= MINUTE
+    guide = " ".join((DOCS / "guide.md").read_text(encoding="utf-8").split())
+    said = f"the {compiled['cubins']} kernels of Llama-2-7B's shape take {compiled['seconds']:.0f} s"
+    assert said in guide
+    assert f"takes a second and {plain['peak_bytes'] / MIB:.0f} MiB" in guide
 
 
 def mebibytes(found: CQConfig) -> dict[str, float]:

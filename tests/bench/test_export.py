@@ -11,6 +11,10 @@ import pytest
 from cqtool.bench import export
 from cqtool.manifest import verify_folder
 
+MOST = 1.2
+"""Seconds of a core that a kernel may take to compile: twice what each of the 198 for Llama-2-7B
+has where two cores are to compile them in a minute. On a busy machine they take half of it."""
+
 needs_nvrtc = pytest.mark.skipif(
     importlib.util.find_spec("cuda") is None, reason="needs the package cuda-bindings"
 )
@@ -31,6 +35,7 @@ def test_every_kernel_is_compiled_anew_and_the_report_says_at_what_cost(
     assert (plain["architectures"], plain["cubins"]) == ([], 0)
     assert compiled["architectures"] == ["sm_90"] and compiled["cubins"] > 8
     assert compiled["cpu_seconds"] > compiled["cubins"] * 0.02
+    assert compiled["cpu_seconds"] - plain["cpu_seconds"] < compiled["cubins"] * MOST
     assert 0 < plain["artifact_bytes"] - report["codebook_bytes"] < compiled["artifact_bytes"]
     assert compiled["peak_bytes"] > export.MIB * 50
     assert not (tmp_path / "cache").exists()

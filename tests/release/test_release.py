@@ -153,6 +153,27 @@ def test_a_speed_that_is_measured_later_goes_onto_the_card_alone(
     assert "## Speed" not in (out / "artifact" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_tuning_by_other_processes_is_taken_over_once_its_own_has_begun(
+    cqtool, words, tuned_recipe, tiny_model_dir, tmp_path, begun
+):
+    """As docs/ci.md says: stopped in its tuning steps, which several GPUs then take."""
+    out = tmp_path / "release"
+    call = "tuning.trainer:Trainer.save" if begun else "release.inputs:tuning_windows"
+    command = words(tuned_recipe, out, "org/shared", "--dry-run")
+    assert cqtool(*command, kill={"call": f"cqtool.{call}", "after": True}).code == -9
+    assert (out / "tuned.partial").is_dir() is begun
+    tuned = out / "tuned"
+    tune = ["tune", tiny_model_dir, out / "calibration", "--out", tuned, "--resume"]
+    assert cqtool(*tune).code == 0
+    codebooks = tuned / "codebooks.safetensors"
+    written = codebooks.stat().st_mtime_ns
+    for status in ("done", "same"):
+        run = cqtool(*command)
+        assert run.code == 0 and run.statuses["tune"] == status, run.stderr
+        assert (codebooks.stat().st_mtime_ns == written) is begun
+
+
 def test_a_missed_gate_ends_it_before_anything_is_published(
     cqtool, words, recipe, server, tmp_path
 ):
