@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub.errors import RevisionNotFoundError
 
@@ -23,13 +24,14 @@ from cqtool.artifact.plan import (
     refuse_foreign_files,
 )
 from cqtool.artifact.refnames import is_pull_request
-from cqtool.artifact.remote import Head, LocalFile, RemoteRepo, hub_api, quiet_client
+from cqtool.artifact.remote import Head, LocalFile, Refs, RemoteRepo, hub_api, quiet_client
 from cqtool.errors import EnvironmentProblem, HubError
 from cqtool.layout.config import CQConfig, read_config
 from cqtool.manifest import verify_folder
 from cqtool.progress import SILENT, Progress
 from cqtool.retry import Retry
 
+_MAIN = "main"
 UNSEEN = "which is new, or private and not shown without a token that may read it"
 """What a preview says of a repository that the Hub does not show."""
 
@@ -114,9 +116,9 @@ def push(
     with explain_hub_errors(repo_id), quiet_client():
         remote = _open(repo_id, config, token, retry, progress)
         # All that can be refused is refused before anything is made.
-        head, plan = _survey(remote, wanted, options)
+        head, plan, _ = _survey(remote, wanted, options)
         if _create_what_is_missing(remote, head, options):
-            head, plan = _survey(remote, wanted, options)
+            head, plan, _ = _survey(remote, wanted, options)
         if head is None:
             raise HubError(
                 f"The Hub does not show {remote.repo_id} to this token; use one that may read it, "
@@ -159,11 +161,10 @@ def preview(
     config, wanted = _read(artifact, repo_id)
     with explain_hub_errors(repo_id), quiet_client():
         remote = _open(repo_id, config, token, retry, progress, required="/" not in repo_id)
-        head, plan = _survey(remote, wanted, options)
-        known = remote.refs().tags if head is not None and options.tag is not None else {}
+        head, plan, tags = _survey(remote, wanted, options)
         return replace(
             _result(remote, head.commit if head else None, plan),
-            tagged=options.tag is not None and options.tag not in known,
+            tagged=options.tag is not None and options.tag not in tags,
         )
 
 
@@ -206,26 +207,51 @@ def _result(remote: RemoteRepo, commit: str | None, plan: Plan) -> PushResult:
     )
 
 
-def _survey(
-    remote: RemoteRepo, wanted: dict[str, LocalFile], options: PushOptions
-) -> tuple[Head | None, Plan]:
-    """What the commit would go on top of, None without a repository, and what it would change."""
+class _Survey(NamedTuple):
+    """What a push finds.
+
+    Attributes:
+        head: what the commit would go on top of, None without a repository.
+        plan: what it would change.
+        tags: commit by tag, as far as a tag is asked for.
+    """
+
+    head: Head | None
+    plan: Plan
+    tags: dict[str, str]
+
+
+def _survey(remote: RemoteRepo, wanted: dict[str, LocalFile], options: PushOptions) -> _Survey:
+    branch = options.revision
     try:
-        head = remote.head(options.revision)
+        head = remote.head(branch)
     except RevisionNotFoundError:
-        if options.create_pr or is_pull_request(options.revision or ""):
+        if _must_exist(options):
             raise
-        head = remote.head(None)  # where the branch will begin
-    else:
-        _check_branch(remote, head, options.revision)
+        head, branch = remote.head(None), None  # where the branch will begin
     if head is None:
-        return None, make_plan(wanted, {})
+        if _must_exist(options):
+            raise HubError(
+                f"The Hub shows no repository {remote.repo_id}, so nothing can be added to "
+                f"{options.revision} there; check --repo-id, or drop --revision."
+            )
+        return _Survey(None, make_plan(wanted, {}), {})
+    refs = Refs({}, {})
+    if options.tag is not None or (branch is not None and not is_pull_request(branch)):
+        refs = remote.refs()
+    _check_branch(remote, refs, branch)
     _check_visibility(remote, head, options)
     present = remote.files(head.commit)
     if not options.overwrite:
         refuse_foreign_files(remote, head.commit, present)
-    _check_tag(remote, wanted, options)
-    return head, make_plan(wanted, present)
+    _check_tag(remote, refs, wanted, options)
+    return _Survey(head, make_plan(wanted, present), refs.tags)
+
+
+def _must_exist(options: PushOptions) -> bool:
+    """Whether the revision is none that a push makes; a new repository has the main branch."""
+    name = options.revision or _MAIN
+    return is_pull_request(name) or (options.create_pr and name != _MAIN)
 
 
 def _create_what_is_missing(remote: RemoteRepo, head: Head | None, options: PushOptions) -> bool:
@@ -254,21 +280,23 @@ def _check_visibility(remote: RemoteRepo, head: Head, options: PushOptions) -> N
     )
 
 
-def _check_branch(remote: RemoteRepo, head: Head | None, name: str | None) -> None:
+def _check_branch(remote: RemoteRepo, refs: Refs, name: str | None) -> None:
     """The Hub also finds a revision by a tag or a commit: neither can be added to."""
-    if head is None or name is None or is_pull_request(name):
+    if name is None or is_pull_request(name):
         return
-    if name not in remote.refs().branches:
+    if name not in refs.branches:
         raise HubError(
             f"{name} is no branch of {remote.repo_id} but names a commit of it; push to a branch."
         )
 
 
-def _check_tag(remote: RemoteRepo, wanted: dict[str, LocalFile], options: PushOptions) -> None:
+def _check_tag(
+    remote: RemoteRepo, refs: Refs, wanted: dict[str, LocalFile], options: PushOptions
+) -> None:
     """Before anything is sent: a tag that others may have pinned is not moved."""
     if options.tag is None:
         return
-    tagged = remote.refs().tags.get(options.tag)
+    tagged = refs.tags.get(options.tag)
     if tagged is not None and not remote.holds(tagged, wanted):
         raise HubError(
             f"The tag {options.tag} of {remote.repo_id} already names another release; choose "

@@ -209,6 +209,32 @@ def test_an_open_pull_request_can_be_pushed_to(
     assert set(repo.branches) == {"main"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [PushOptions(create_pr=True, revision="dev"), PushOptions(revision="refs/pr/1")],
+)
+def test_nothing_is_created_for_what_nothing_can_be_added_to(
+    hub: HubServer, artifact: Path, options: PushOptions
+) -> None:
+    for act in (preview, push):
+        with pytest.raises(HubError, match=f"no repository {REPO}, .* {options.revision} there; "):
+            act(artifact, REPO, options)
+    assert hub.repos == {}
+    hub.create(REPO)
+    with pytest.raises(HubError, match="no such revision"):
+        push(artifact, REPO, options)
+    assert set(hub.repos[REPO].branches) == {"main"}
+    assert push(artifact, "org/new", PushOptions(create_pr=True, revision="main")).pull_request
+
+
+def test_a_preview_asks_for_branches_and_tags_once(hub: HubServer, artifact: Path) -> None:
+    push(artifact, REPO, PushOptions(tag="v1"))
+    for tag, tagged in (("v1", False), ("v2", True)):
+        hub.requests.clear()
+        assert preview(artifact, REPO, PushOptions(tag=tag, revision="main")).tagged is tagged
+        assert hub.requests.count(f"GET /api/models/{REPO}/refs") == 1
+
+
 def test_the_login_of_hf_auth_is_used(
     hub: HubServer, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
