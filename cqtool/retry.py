@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cqtool.errors import CqtoolError, HubError
 from cqtool.progress import SILENT, Progress
+from cqtool.xet import PASSING_STATUSES, xet_failure
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 T = TypeVar("T")
 
-_PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 _PASSING_TRANSPORT = frozenset(
     {"TimeoutException", "NetworkError", "RemoteProtocolError", "ConnectionError", "TimeoutError"}
 )
@@ -47,7 +47,8 @@ class Trouble:
     Attributes:
         what: the Hub as the subject of a sentence, and what it does.
         wait: seconds that it asked to wait, None where it did not say.
-        doubtful: it may also be that there is no Hub, so waiting long would be in vain.
+        doubtful: waiting long would be in vain, because it may also be that there is no Hub, or has
+            been done already.
     """
 
     what: str
@@ -65,12 +66,16 @@ def passing_trouble(error: BaseException) -> Trouble | None:
         return None
     if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
         status = error.response.status_code
-        if status not in _PASSING_STATUSES:
+        if status not in PASSING_STATUSES:
             return None
         return Trouble(f"The Hub answers {status}", _asked_wait(error))
     if isinstance(error, json.JSONDecodeError):
         # A proxy's error page, or an endpoint that is no Hub.
         return Trouble("The Hub's answer cannot be read", doubtful=True)
+    xet = xet_failure(error)
+    if xet is not None:
+        # Before it gives up Xet's client has tried for minutes by itself.
+        return Trouble(xet.what, doubtful=True) if xet.passing else None
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & _PASSING_TRANSPORT and not isinstance(error, OfflineModeIsEnabled):
         # Each silence has lasted as long as a Hub can take for anything.
@@ -94,7 +99,8 @@ class Retry:
 
     Attributes:
         attempts: tries in all.
-        doubtful_attempts: tries where it may be that no Hub is there at all.
+        doubtful_attempts: tries where it may be that no Hub is there at all, or the client has
+            tried for long by itself.
         first: seconds before the second try; they double from try to try.
         longest: the most they grow to.
         patience: the longest wait that the Hub may ask for, in seconds; the Hub counts requests in

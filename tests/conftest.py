@@ -7,10 +7,10 @@ import random
 from pathlib import Path
 
 import pytest
-from hub_server import hub
+from hub_server import hub, xet_hub
 from synthetic_artifact import write_calibration
 
-__all__ = ["hub"]
+__all__ = ["hub", "xet_hub"]
 
 
 @pytest.fixture

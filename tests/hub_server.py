@@ -1,8 +1,8 @@
 """A Hugging Face Hub on loopback, for the real `huggingface_hub` client.
 
-Repositories live in memory: commits, branches, tags, pull requests, regular and LFS files. There is
-no Xet storage, so the client must run with ``HF_HUB_DISABLE_XET=1``. What goes wrong on the way is
-up to `faults`, see :mod:`hub.faults`.
+Repositories live in memory: commits, branches, tags, pull requests, regular and LFS files. The
+client runs with ``HF_HUB_DISABLE_XET=1``, except with the fixture ``xet_hub``. What goes wrong on
+the way is up to `faults`, see :mod:`hub.faults`.
 
 Use the fixture ``hub`` for a client in this process; a child process gets ``hub.environment()``.
 """
@@ -16,7 +16,7 @@ import pytest
 from hub.server import TOKEN, USER, HubServer
 from hub.state import Blob, Commit, Repo
 
-__all__ = ["TOKEN", "USER", "Blob", "Commit", "HubServer", "Repo", "hub"]
+__all__ = ["TOKEN", "USER", "Blob", "Commit", "HubServer", "Repo", "hub", "xet_hub"]
 
 
 @pytest.fixture
@@ -39,3 +39,24 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any) -> Iterator[HubS
     monkeypatch.setenv("HF_HOME", str(home))
     yield server
     server.stop()
+
+
+@pytest.fixture
+def xet_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any) -> HubServer:
+    """`hub` with a Xet storage, which the client in this process uses for large files."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _xet
+
+    cache = str(tmp_path_factory.mktemp("xet"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(constants, "HF_XET_CACHE", cache)
+    # A session reads these when it begins. By itself it tries for minutes.
+    monkeypatch.setenv("HF_XET_CACHE", cache)
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "1ms")
+    monkeypatch.setenv("HF_XET_XORB_COMPRESSION_POLICY", "none")
+    monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())
+    # Another test's server may have had the same port.
+    monkeypatch.setattr(_xet, "XET_CONNECTION_INFO_CACHE", {})
+    hub.cas_url = hub.xet_url
+    return hub

@@ -12,6 +12,7 @@ from cqtool.artifact.plan import Plan, PushOptions
 from cqtool.artifact.remote import LocalFile, RemoteRepo
 from cqtool.errors import HubError
 from cqtool.manifest import MANIFEST_NAME
+from cqtool.xet import own_cache_explained
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def send(
 
     Raises:
         HubError: somebody else changed the branch.
+        EnvironmentProblem: the client's cache for Xet is full.
     """
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(name, wanted[name].path) for name in plan.paths("add", "change")),
@@ -64,14 +66,15 @@ def send(
                 return replace(done, new=tried)
         tried = True
         try:
-            info = remote.api.create_commit(
-                remote.repo_id,
-                operations,
-                commit_message=options.commit_message or "",
-                revision=options.revision,
-                create_pr=options.create_pr,
-                parent_commit=parent,
-            )
+            with own_cache_explained():
+                info = remote.api.create_commit(
+                    remote.repo_id,
+                    operations,
+                    commit_message=options.commit_message or "",
+                    revision=options.revision,
+                    create_pr=options.create_pr,
+                    parent_commit=parent,
+                )
         except HfHubHTTPError as error:
             if error.response.status_code not in CONFLICTS:
                 raise

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from cqtool.errors import CqtoolError, HubError
+from cqtool.xet import xet_failure
 
 LOGIN = (
     "Log in with `hf auth login`, or set HF_TOKEN to a token that may write "
@@ -64,6 +65,9 @@ def _explain(error: BaseException, repo_id: str) -> str | None:
         return "The Hub client is in offline mode; unset HF_HUB_OFFLINE to reach the Hub."
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         return _explain(error.__cause__, repo_id)
+    xet = xet_failure(error)
+    if xet is not None:
+        return xet.sentence(constants.ENDPOINT, "run the same command again")
     if isinstance(error, HfHubHTTPError):
         return _explain_answer(error, repo_id)
     if isinstance(error, _TRANSPORT_ERRORS):
@@ -86,11 +90,6 @@ def _explain(error: BaseException, repo_id: str) -> str | None:
 def _explain_answer(error: HfHubHTTPError, repo_id: str) -> str:
     status = error.response.status_code
     again = "then run the same command again."
-    if "xet-write-token" in str(error.response.request.url):
-        return (
-            f"The server at {constants.ENDPOINT} takes no Xet uploads; set HF_HUB_DISABLE_XET=1, "
-            f"{again}"
-        )
     if error.response.request.url.path == "/oauth/token":
         return (
             f"The Hub does not exchange this job's OIDC token for HF_OIDC_RESOURCE ({status}); add "

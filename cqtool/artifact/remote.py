@@ -23,6 +23,7 @@ from cqtool.files import explain_os_errors, sha256_file
 from cqtool.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, is_hub_metadata
 from cqtool.progress import SILENT, Progress
 from cqtool.retry import DamagedDownload, Retry
+from cqtool.xet import own_cache_explained
 
 T = TypeVar("T")
 
@@ -199,12 +200,12 @@ class RemoteRepo:
 
         Raises:
             DamagedDownload: it stays different however often it is fetched.
-            EnvironmentProblem: `folder` is full.
+            EnvironmentProblem: `folder` is full, or the client's cache for Xet.
         """
 
         def fetch() -> Path:
             try:
-                with explain_os_errors(folder.parent, _ELSEWHERE):
+                with explain_os_errors(folder.parent, _ELSEWHERE), own_cache_explained():
                     found = self.api.hf_hub_download(
                         self.repo_id, name, revision=commit, cache_dir=folder
                     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import glob
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from cqtool.errors import ArtifactError, CqtoolError, EnvironmentProblem, HubErr
 from cqtool.files import sha256_file
 from cqtool.manifest import MANIFEST_NAME, FileRecord, read_manifest, verify_folder
 from cqtool.retry import DamagedDownload, Retry
+from cqtool.xet import own_cache_explained, xet_failure
 
 
 def pull(repo: str, revision: str | None) -> Path:
@@ -90,7 +92,7 @@ def _snapshot(repo: str, revision: str | None, names: Iterable[str] = ()) -> Pat
         options["tqdm_class"] = NoBar
 
     def fetch() -> Path:
-        with _sizes_compared():
+        with _sizes_compared(), own_cache_explained():
             return Path(snapshot_download(repo, **options))
 
     return Retry().call(fetch)
@@ -128,7 +130,7 @@ def _fetch(repo: str, folder: Path, name: str) -> None:
     from huggingface_hub import hf_hub_download
 
     def action() -> None:
-        with _sizes_compared():
+        with _sizes_compared(), own_cache_explained():
             hf_hub_download(repo, name, revision=folder.name, force_download=True)
 
     Retry().call(action)
@@ -180,6 +182,11 @@ def _explain(error: BaseException, repo: str, revision: str | None) -> CqtoolErr
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if _offline() and kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
         return _not_cached(repo, revision)
+    xet = xet_failure(error)
+    if xet is not None and xet.number is not None:
+        return _not_written(OSError(xet.number, os.strerror(xet.number)))
+    if xet is not None:
+        return HubError(xet.sentence(constants.ENDPOINT, "try again"))
     if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
         return HubError(_explain_answer(error, repo, revision))
     if isinstance(error, (HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError)) and (
@@ -200,14 +207,20 @@ def _explain(error: BaseException, repo: str, revision: str | None) -> CqtoolErr
     if error.__cause__ is not None:
         return _explain(error.__cause__, repo, revision)
     if isinstance(error, OSError) and not isinstance(error, LocalEntryNotFoundError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return EnvironmentProblem(
-            f"The Hub client cannot write to its cache {constants.HF_HUB_CACHE} "
-            f"({error.strerror or type(error).__name__}); "
-            f"{'free some space' if full else 'make it writable'}, or set HF_HUB_CACHE to another "
-            "folder."
-        )
+        return _not_written(error)
     return None
+
+
+def _not_written(error: OSError) -> EnvironmentProblem:
+    from huggingface_hub import constants
+
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return EnvironmentProblem(
+        f"The Hub client cannot write to its cache {constants.HF_HUB_CACHE} "
+        f"({error.strerror or type(error).__name__}); "
+        f"{'free some space' if full else 'make it writable'}, or set HF_HUB_CACHE to another "
+        "folder."
+    )
 
 
 def _explain_answer(error: BaseException, repo: str, revision: str | None) -> str:
@@ -226,6 +239,11 @@ def _explain_answer(error: BaseException, repo: str, revision: str | None) -> st
         return (
             f"{repo} is gated; ask for access on its page, then log in with `hf auth login` or set "
             "HF_TOKEN."
+        )
+    if status == 401 and error.response.request.headers.get("authorization"):
+        return (
+            "The Hub does not accept this token (401); log in with `hf auth login`, or set "
+            "HF_TOKEN to one that may read (https://huggingface.co/settings/tokens)."
         )
     if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
         return (

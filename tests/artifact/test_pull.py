@@ -276,7 +276,9 @@ def test_who_may_not_see_it_is_told_to_log_in(
 ) -> None:
     pushed.private = True
     monkeypatch.setenv("HF_TOKEN", "hf_not-the-right-token")
-    with pytest.raises(HubError, match="hf auth login") as refused:
+    with pytest.raises(
+        HubError, match=r"not accept this token \(401\); .*hf auth login"
+    ) as refused:
         resolve(REPO, None)
     assert "not-the-right" not in str(refused.value)
     monkeypatch.delenv("HF_TOKEN")

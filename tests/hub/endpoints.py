@@ -1,7 +1,7 @@
 """The Hub's endpoints, as far as the real `huggingface_hub` client needs them for models.
 
 What the client is told follows what the Hub answers: status codes, ``X-Error-Code``,
-``X-Repo-Commit``, ETags, pages of a listing. There is no Xet storage.
+``X-Repo-Commit``, ETags, pages of a listing. Of Xet see :mod:`hub.xet`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import re
 from typing import Any
 from urllib.parse import quote
 
-from hub.http import Answer, HttpHandler, Refusal, as_json
+from hub.http import Answer, Refusal, as_json
 from hub.state import Blob, Commit, Repo
+from hub.xet import XetEndpoints
 
 TREE_PAGE = 8
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
@@ -24,8 +25,9 @@ NO_REF = re.compile(
 _API, _REV = rf"/api/models/{_REPO}", r"(?P<rev>[^/]+)"
 
 
-class Endpoints(HttpHandler):
+class Endpoints(XetEndpoints):
     routes = (
+        *XetEndpoints.xet_routes,
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/oauth/token", "exchange_token"),
         ("POST", r"/api/repos/create", "create_repo"),
@@ -278,6 +280,7 @@ class Endpoints(HttpHandler):
             "X-Repo-Commit": commit.oid,
             "ETag": f'"{blob.sha256 if blob.lfs else blob.git_oid}"',
             "Accept-Ranges": "bytes",
+            **self.xet_headers(repo, commit.oid, blob.sha256),
         }
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted:

@@ -9,6 +9,7 @@ from typing import Any
 from hub.endpoints import Endpoints
 from hub.faults import Faults
 from hub.state import Blob, Repo
+from hub.xet import PREFIX, Storage
 
 TOKEN = "hf_loopback-test-token"
 USER = "tester"
@@ -20,6 +21,8 @@ class HubServer:
     Attributes:
         repos: repository by ``ORG/NAME``.
         objects: content of LFS files by SHA-256.
+        xet: what lies in the Xet storage.
+        cas_url: where that is, None for a Hub without one.
         tokens: user by accepted token.
         publishers: token by the OIDC token and the repository that it is exchanged for.
         writable: namespaces the user may write to.
@@ -32,6 +35,8 @@ class HubServer:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
+        self.xet = Storage()
+        self.cas_url: str | None = None
         self.tokens = {TOKEN: USER}
         self.publishers: dict[tuple[str, str], str] = {}
         self.writable = {USER, "org"}
@@ -52,6 +57,11 @@ class HubServer:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
+
+    @property
+    def xet_url(self) -> str:
+        """Where its Xet storage can be reached, for `cas_url`."""
+        return f"{self.url}{PREFIX}"
 
     def environment(self, token: str | None = TOKEN) -> dict[str, str]:
         """What a child process needs in its environment to use this Hub and nothing else."""
