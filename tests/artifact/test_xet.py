@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from hub.endpoints import Endpoints
+from hub.faults import SILENT
 from hub.http import Refusal
 from hub.xet import TOKENS
 from hub_server import TOKEN, HubServer
@@ -157,6 +158,21 @@ def test_a_storage_that_is_not_there_is_said(
     assert len(pushed.repos["org/other"].commits) == 1
 
 
+@pytest.mark.parametrize("act", ["push", "pull"])
+def test_a_storage_that_is_silent_counts_as_one_that_does_not_answer(
+    pushed: HubServer, artifact: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    """How long it may be silent is up to Xet's client."""
+    monkeypatch.setenv("HF_XET_CLIENT_READ_TIMEOUT", "300ms")
+    monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())
+    part = "/xorbs/" if act == "push" else "/data/"
+    pushed.faults = lambda method, path: SILENT if part in path else None
+    acts: dict[str, Act] = {"push": lambda: push(artifact, "org/other"), "pull": resolve_it}
+    with pytest.raises(HubError, match=TROUBLES["lost"]):
+        acts[act]()
+    assert waits == [1.0, 2.0]
+
+
 @pytest.mark.parametrize("status", [404, 403])
 def test_a_hub_that_gives_no_token_for_xet_is_named_at_once(
     pushed: HubServer,
@@ -170,7 +186,7 @@ def test_a_hub_that_gives_no_token_for_xet_is_named_at_once(
 
     monkeypatch.setattr(Endpoints, "token", token)
     said = "has no Xet storage; set HF_HUB" if status == 404 else r"storage answers 403; set HF_HUB"
-    acts = [lambda: push(artifact, "org/other")]
+    acts: list[Act] = [lambda: push(artifact, "org/other")]
     if status == 404:
         acts += [resolve_it, verify_it]
     for act in acts:
