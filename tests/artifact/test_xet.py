@@ -160,17 +160,24 @@ def test_a_storage_that_is_not_there_is_said(
 
 @pytest.mark.parametrize("act", ["push", "pull"])
 def test_a_storage_that_is_silent_counts_as_one_that_does_not_answer(
-    pushed: HubServer, artifact: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch, act: str
+    pushed: HubServer,
+    artifact: Path,
+    waits: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    act: str,
 ) -> None:
     """How long it may be silent is up to Xet's client."""
     monkeypatch.setenv("HF_XET_CLIENT_READ_TIMEOUT", "300ms")
+    # Its cache says what was sent before, which it does not send again.
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet"))
     monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())
     part = "/xorbs/" if act == "push" else "/data/"
     pushed.faults = lambda method, path: SILENT if part in path else None
     acts: dict[str, Act] = {"push": lambda: push(artifact, "org/other"), "pull": resolve_it}
     with pytest.raises(HubError, match=TROUBLES["lost"]):
         acts[act]()
-    assert waits == [1.0, 2.0]
+    assert waits == [1.0, 2.0] and any(part in one for one in pushed.requests)
 
 
 @pytest.mark.parametrize("status", [404, 403])
