@@ -30,7 +30,7 @@ def config() -> dict[str, Any]:
             "id": "some-org/Tiny-Model",
             "revision": "0123abc",
             "license": "apache-2.0",
-            "fingerprint": {"model_type": "llama", "shapes_sha256": "00", "probe": [0.5]},
+            "fingerprint": {"model_type": "llama", "shapes_sha256": "00", "probe": [[0.5] * 4]},
         },
         "cache": {"key": KEY, "value": VALUE, "window": 5, "sinks": 3},
         "geometry": {"query_heads": 4, "layers": [layer] * LAYERS},

@@ -82,7 +82,11 @@ def write_random_calibration(shape: Shape, format: BenchFormat, folder: Path, se
         tensors |= {codebook_name(index, k): t for k, t in zip(KINDS, tables, strict=True)}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / CODEBOOKS_NAME)
-    fingerprint = {"model_type": shape.architecture, "shapes_sha256": "0" * 64, "probe": [0.0]}
+    fingerprint = {
+        "model_type": shape.architecture,
+        "shapes_sha256": "0" * 64,
+        "probe": [[0.0] * 4],
+    }
     config = {
         "format_version": FORMAT_VERSION,
         "tool": {"name": "cqtool", "version": __version__},

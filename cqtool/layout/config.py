@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 from cqtool.errors import ArtifactError, RecipeError
 from cqtool.geometry import KeyRotation, LayerGeometry, ModelGeometry, Style
-from cqtool.layout.fields import Fields, is_number
+from cqtool.layout.fields import Fields, is_number, is_plain
 from cqtool.spec import (
     GAIN_BITS,
     KINDS,
@@ -44,6 +44,10 @@ MAX_LAYERS = 4096
 
 ROPE_NUMBERS = 5
 """What a fingerprint has of each RoPE table: a factor and four frequencies."""
+PROBE_NUMBERS = 4
+"""What a fingerprint has of some weights: their norm and three sums."""
+MAX_CONFIG_FIELDS = 256
+"""Of the base model's configuration, in a fingerprint."""
 
 EXTRAS = ("metric", "feedback", "gains")
 """What a codebook may have beside it, as the encoding and the gain of its format say; the names of
@@ -257,11 +261,21 @@ def _fingerprint(fields: Fields) -> Mapping[str, Any]:
     fields.string("model_type")
     fields.string("shapes_sha256")
     probe = fields.values.get("probe")
-    if not isinstance(probe, list) or not probe or not all(map(is_number, probe)):
-        raise ArtifactError(f"{fields.name}: 'probe' must be a list of numbers. {fields.remedy}")
+    if not isinstance(probe, list) or not probe or not _are_numbers(probe, PROBE_NUMBERS):
+        raise ArtifactError(
+            f"{fields.name}: 'probe' must be a list of lists of {PROBE_NUMBERS} numbers. "
+            f"{fields.remedy}"
+        )
+    # Files from before it was written have none.
+    told = fields.mapping("config") if "config" in fields.values else {}
+    if len(told) > MAX_CONFIG_FIELDS or not all(map(is_plain, told.values())):
+        raise ArtifactError(
+            f"{fields.name}: 'config' must be an object of at most {MAX_CONFIG_FIELDS} short "
+            f"texts, numbers, true, false, null, and lists of these. {fields.remedy}"
+        )
     # Models without RoPE have none, and files from before it was written.
     tables = fields.values.get("rope", [])
-    if not isinstance(tables, list) or not all(map(_is_rope_table, tables)):
+    if not isinstance(tables, list) or not _are_numbers(tables, ROPE_NUMBERS):
         raise ArtifactError(
             f"{fields.name}: 'rope' must be a list of lists of {ROPE_NUMBERS} numbers. "
             f"{fields.remedy}"
@@ -269,8 +283,11 @@ def _fingerprint(fields: Fields) -> Mapping[str, Any]:
     return fields.values
 
 
-def _is_rope_table(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == ROPE_NUMBERS and all(map(is_number, value))
+def _are_numbers(lists: list[Any], count: int) -> bool:
+    """Whether all of `lists` are lists of `count` numbers."""
+    return all(
+        isinstance(one, list) and len(one) == count and all(map(is_number, one)) for one in lists
+    )
 
 
 def _layer_geometry(fields: Fields) -> LayerGeometry:

@@ -13,6 +13,9 @@ from cqtool.errors import ArtifactError
 MAX_INTEGER = 2**53 - 1
 """The largest whole number that every reader of JSON can hold (RFC 8259, section 6)."""
 
+MAX_TEXT, MAX_LIST = 100, 4096
+"""Characters of a text, and items of a list, of what :func:`is_plain` takes."""
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -126,3 +129,18 @@ def is_number(value: Any) -> bool:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:
         return False
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a JSON value is null, true, false, a number that a float can hold, a text without
+    control characters of 1 to :data:`MAX_TEXT` characters, or a list of at most :data:`MAX_LIST`
+    of these."""
+    if isinstance(value, list):
+        return len(value) <= MAX_LIST and all(map(_is_scalar, value))
+    return _is_scalar(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, str):
+        return 0 < len(value) <= MAX_TEXT and not _CONTROL.search(value)
+    return value is None or isinstance(value, bool) or is_number(value)

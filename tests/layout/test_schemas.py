@@ -77,6 +77,8 @@ def rich() -> dict[str, Any]:
     value["cache"]["layers"] = [{"first": 1, "last": 1, "key": key, "value": other}]
     value["base_model"] |= {"license": "other", "license_name": "own", "license_link": "LICENSE"}
     value["base_model"]["fingerprint"]["rope"] = [[1.0, 1.0, 0.5, 0.25, 0.125]]
+    told = {"hidden_act": "silu", "alibi": False, "rms_norm_eps": 1e-6, "layer_types": ["full", 1]}
+    value["base_model"]["fingerprint"]["config"] = told | {"sliding_window": None}
     value["tuned"] = True
     value["objective"] = "query"
     value["geometry"]["layers"] = [copy.deepcopy(one) for one in value["geometry"]["layers"]]

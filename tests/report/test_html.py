@@ -97,7 +97,7 @@ def make_folder(folder: Path, model: str = "org/model") -> Path:
             "id": model,
             "revision": None,
             "license": None,
-            "fingerprint": {"model_type": "llama", "shapes_sha256": "00", "probe": [0.5]},
+            "fingerprint": {"model_type": "llama", "shapes_sha256": "00", "probe": [[0.5] * 4]},
         },
         "cache": {"key": code, "value": code, "window": 128, "sinks": 4},
         "geometry": {"query_heads": 9, "layers": [layer]},
