@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from zoo import CONFIGS, random_ids, tiny
 
 from cqtool.layout.config import read_config
-from cqtool.models.config_fields import config_difference, config_fields
+from cqtool.models.config_fields import (
+    _FIELDS,
+    _NULL_TURNS_OFF,
+    config_difference,
+    config_fields,
+)
 from cqtool.models.fingerprint import compare_fingerprints, fingerprint
 
 ALL_KINDS = ("gemma2", "gpt-oss", "granite", "gpt2", "falcon", "qwen3-moe", "cohere2", "stablelm")
@@ -81,6 +87,14 @@ def test_saved_and_loaded_again_nothing_differs(architecture: str, tmp_path: Pat
         assert config_fields(loaded) == expected["config"]
         assert compare_fingerprints(expected, fingerprint(loaded)) is None
     assert len(expected["config"]) >= 3
+
+
+def test_the_document_lists_every_field() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "artifact-format.md").read_text("utf-8")
+    section = text.split("#### Fields of `config`\n")[1].split("\n#### ")[0]
+    table, notes = section.split("| --- | --- |\n")[1].split("\n\n", 1)
+    assert re.findall(r"`(\w+)`", table) == list(_FIELDS)
+    assert set(re.findall(r"`(\w+)`", notes.split(":")[0])) == _NULL_TURNS_OFF
 
 
 def test_readers_take_what_is_told(calibration: Path) -> None:
