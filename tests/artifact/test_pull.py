@@ -332,6 +332,12 @@ def test_a_fine_tune_is_refused_unless_it_is_asked_for(
         weights.data *= 1.25
     with pytest.raises(ArtifactError, match=r"^org/tiny-cq was made .* give --allow-other-base"):
         CQCache.from_pretrained(REPO, other)
+    blurred = tiny_model()
+    blurred.config.rms_norm_eps = 0.5
+    said = r"this model \(its rms_norm_eps is 0.5 instead of 1e-06\).* give --allow-other-base"
+    with pytest.raises(ArtifactError, match=said):
+        CQCache.from_pretrained(REPO, blurred)
+    assert CQCache.from_pretrained(REPO, blurred, allow_other_base=True).nbytes == 0
     other.resize_token_embeddings(len(tiny_tokenizer))
     other.save_pretrained(tmp_path / "other")
     tiny_tokenizer.save_pretrained(tmp_path / "other")

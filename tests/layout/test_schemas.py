@@ -174,6 +174,24 @@ def test_schema_and_reader_agree_on_every_change_of_a_configuration(tmp_path: Pa
     assert refused > 500
 
 
+@pytest.mark.parametrize(
+    ("told", "taken"),
+    [
+        ({"a": "x" * 100}, True), ({"a": "x" * 101}, False), ({"a": ["x" * 101]}, False),
+        ({"a": [1] * 4096}, True), ({"a": [1] * 4097}, False), ({"a": [[1]]}, False),
+        ({str(i): i for i in range(256)}, True), ({str(i): i for i in range(257)}, False),
+        ({"a": {}}, False), ({}, True),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_schema_and_reader_agree_on_a_models_configuration(
+    told: dict[str, Any], taken: bool, tmp_path: Path
+) -> None:
+    value = rich()
+    value["base_model"]["fingerprint"]["config"] = told
+    assert (CONFIG.is_valid(value), config_is_read(value, tmp_path)) == (taken, taken)
+
+
 @pytest.mark.parametrize("says", CONFIG_ONLY_READER)
 def test_what_a_schema_cannot_say_of_a_configuration_the_reader_refuses(
     says: str, tmp_path: Path
