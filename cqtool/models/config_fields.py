@@ -55,10 +55,15 @@ def config_fields(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         Field -> a JSON value that is plain (:func:`cqtool.layout.fields.is_plain`), in alphabetical
-        order.
+        order; a list by layer where layers have values of their own.
     """
     config = model.config.get_text_config(decoder=True)
-    told = {name: getattr(config, name) for name in _FIELDS if hasattr(config, name)}
+    # transformers raises where one of these is read from the configuration of all layers.
+    by_layer = frozenset(config.per_layer_attributes or ()).intersection(_FIELDS)
+    told = {name: getattr(config, name) for name in _FIELDS if name not in by_layer and hasattr(config, name)}
+    if by_layer:
+        layers = list(config.per_layer_config)
+        told |= {name: [getattr(layer, name) for layer in layers] for name in by_layer}
     tables = getattr(config, "rope_parameters", None)
     if isinstance(tables, dict) and "partial_rotary_factor" in tables:
         told["partial_rotary_factor"] = tables["partial_rotary_factor"]

@@ -122,5 +122,5 @@ def _rope_tables(model: PreTrainedModel) -> list[list[float]]:
 
 
 def _parameters(model: PreTrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
-    """Names and parameters, tied ones once, with torch.compile's prefix taken off."""
-    return [(name.removeprefix("_orig_mod."), value) for name, value in model.named_parameters()]
+    """Names and parameters, tied ones once, without what torch.compile puts before a module's."""
+    return [(name.replace("_orig_mod.", ""), value) for name, value in model.named_parameters()]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from synthetic_artifact import config as cq_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from zoo import CONFIGS, random_ids, tiny
+from zoo import CONFIGS, SHARING, random_ids, tiny
 
 from cqtool.layout.config import read_config
 from cqtool.models.config_fields import (
@@ -77,7 +77,7 @@ def test_no_field_that_changes_the_logits_goes_unnoticed(architecture: str) -> N
     assert len(seen) >= 3
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", CONFIGS | SHARING)
 def test_saved_and_loaded_again_nothing_differs(architecture: str, tmp_path: Path) -> None:
     model = tiny(architecture)
     expected = json.loads(json.dumps(fingerprint(model), allow_nan=False))
@@ -174,6 +174,17 @@ def test_a_window_that_no_layer_has_is_none() -> None:
     assert config_fields(model)["sliding_window"] is None
     model.config.use_sliding_window = True
     assert config_fields(model)["sliding_window"] == 4096
+
+
+def test_values_that_differ_among_layers_are_a_list() -> None:
+    model = tiny("gemma4")
+    before = config_fields(model)
+    assert before["head_dim"] == [16, 16, 32] * 2
+    model.config.per_layer_config = {layer: {"head_dim": 32} for layer in (1, 2, 5)}
+    assert (
+        config_difference(before, config_fields(model))
+        == "its head_dim[1] is 32 instead of 16"
+    )
 
 
 def test_a_value_that_json_or_the_format_lacks_is_not_told() -> None:
