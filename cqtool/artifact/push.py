@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from huggingface_hub.errors import RevisionNotFoundError
 
@@ -16,22 +15,15 @@ from cqtool import __version__
 from cqtool.artifact.commit import Sent, confirm, send, set_tag
 from cqtool.artifact.hub_errors import explain_hub_errors
 from cqtool.artifact.names import check_repo_id, default_repo_name
-from cqtool.artifact.plan import (
-    Plan,
-    PushOptions,
-    local_files,
-    make_plan,
-    refuse_foreign_files,
-)
-from cqtool.artifact.refnames import is_pull_request
-from cqtool.artifact.remote import Head, LocalFile, Refs, RemoteRepo, hub_api, quiet_client
+from cqtool.artifact.plan import Plan, PushOptions, local_files
+from cqtool.artifact.remote import Head, LocalFile, RemoteRepo, hub_api, quiet_client
+from cqtool.artifact.survey import survey
 from cqtool.errors import EnvironmentProblem, HubError
 from cqtool.layout.config import CQConfig, read_config
 from cqtool.manifest import verify_folder
 from cqtool.progress import SILENT, Progress
 from cqtool.retry import Retry
 
-_MAIN = "main"
 UNSEEN = "which is new, or private and not shown without a token that may read it"
 """What a preview says of a repository that the Hub does not show."""
 
@@ -116,9 +108,9 @@ def push(
     with explain_hub_errors(repo_id), quiet_client():
         remote = _open(repo_id, config, token, retry, progress)
         # All that can be refused is refused before anything is made.
-        head, plan, _ = _survey(remote, wanted, options)
+        head, plan, _ = survey(remote, wanted, options)
         if _create_what_is_missing(remote, head, options):
-            head, plan, _ = _survey(remote, wanted, options)
+            head, plan, _ = survey(remote, wanted, options)
         if head is None:
             raise HubError(
                 f"The Hub does not show {remote.repo_id} to this token; use one that may read it, "
@@ -161,7 +153,7 @@ def preview(
     config, wanted = _read(artifact, repo_id)
     with explain_hub_errors(repo_id), quiet_client():
         remote = _open(repo_id, config, token, retry, progress, required="/" not in repo_id)
-        head, plan, tags = _survey(remote, wanted, options)
+        head, plan, tags = survey(remote, wanted, options)
         return replace(
             _result(remote, head.commit if head else None, plan),
             tagged=options.tag is not None and options.tag not in tags,
@@ -207,53 +199,6 @@ def _result(remote: RemoteRepo, commit: str | None, plan: Plan) -> PushResult:
     )
 
 
-class _Survey(NamedTuple):
-    """What a push finds.
-
-    Attributes:
-        head: what the commit would go on top of, None without a repository.
-        plan: what it would change.
-        tags: commit by tag, as far as a tag is asked for.
-    """
-
-    head: Head | None
-    plan: Plan
-    tags: dict[str, str]
-
-
-def _survey(remote: RemoteRepo, wanted: dict[str, LocalFile], options: PushOptions) -> _Survey:
-    branch = options.revision
-    try:
-        head = remote.head(branch)
-    except RevisionNotFoundError:
-        if _must_exist(options):
-            raise
-        head, branch = remote.head(None), None  # where the branch will begin
-    if head is None:
-        if _must_exist(options):
-            raise HubError(
-                f"The Hub shows no repository {remote.repo_id}, so nothing can be added to "
-                f"{options.revision} there; check --repo-id, or drop --revision."
-            )
-        return _Survey(None, make_plan(wanted, {}), {})
-    refs = Refs({}, {})
-    if options.tag is not None or (branch is not None and not is_pull_request(branch)):
-        refs = remote.refs()
-    _check_branch(remote, refs, branch)
-    _check_visibility(remote, head, options)
-    present = remote.files(head.commit)
-    if not options.overwrite:
-        refuse_foreign_files(remote, head.commit, present)
-    _check_tag(remote, refs, wanted, options)
-    return _Survey(head, make_plan(wanted, present), refs.tags)
-
-
-def _must_exist(options: PushOptions) -> bool:
-    """Whether the revision is none that a push makes; a new repository has the main branch."""
-    name = options.revision or _MAIN
-    return is_pull_request(name) or (options.create_pr and name != _MAIN)
-
-
 def _create_what_is_missing(remote: RemoteRepo, head: Head | None, options: PushOptions) -> bool:
     """Make the repository and the branch; False where both were there."""
     api, repo_id, branch = remote.api, remote.repo_id, options.revision
@@ -268,37 +213,3 @@ def _create_what_is_missing(remote: RemoteRepo, head: Head | None, options: Push
         remote.again(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
         return True
     return head is None
-
-
-def _check_visibility(remote: RemoteRepo, head: Head, options: PushOptions) -> None:
-    if options.private is None or options.private == head.private:
-        return
-    found, asked = ("private", "--public") if head.private else ("public", "--private")
-    raise HubError(
-        f"{remote.repo_id} is {found}, and a push does not change that; change it in the "
-        f"repository's settings, or drop {asked}."
-    )
-
-
-def _check_branch(remote: RemoteRepo, refs: Refs, name: str | None) -> None:
-    """The Hub also finds a revision by a tag or a commit: neither can be added to."""
-    if name is None or is_pull_request(name):
-        return
-    if name not in refs.branches:
-        raise HubError(
-            f"{name} is no branch of {remote.repo_id} but names a commit of it; push to a branch."
-        )
-
-
-def _check_tag(
-    remote: RemoteRepo, refs: Refs, wanted: dict[str, LocalFile], options: PushOptions
-) -> None:
-    """Before anything is sent: a tag that others may have pinned is not moved."""
-    if options.tag is None:
-        return
-    tagged = refs.tags.get(options.tag)
-    if tagged is not None and not remote.holds(tagged, wanted):
-        raise HubError(
-            f"The tag {options.tag} of {remote.repo_id} already names another release; choose "
-            "another --tag, or delete this one on the Hub."
-        )
