@@ -22,7 +22,7 @@ from cqtool.files import explain_os_errors
 WITHOUT = "set HF_HUB_DISABLE_XET=1 to do without Xet"
 PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 _STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
-_OS_ERROR = re.compile(r"\bI/?O error\b.*\(os error (\d+)\)", re.IGNORECASE)
+_OS_ERROR = re.compile(r"\bI/?O error\b.*\(os error (\d{1,5})\)", re.IGNORECASE)
 _DROPPED = re.compile(
     r"error (?:sending request|decoding)|timed? ?out|connection|size mismatch", re.IGNORECASE
 )

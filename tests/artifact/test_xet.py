@@ -259,3 +259,15 @@ def test_an_error_of_another_origin_is_none_of_xet(xet_hub: HubServer) -> None:
         raise error
     except RuntimeError as caught:
         assert xet_failure(caught) is None and passing_trouble(caught) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [("28", "No space left"), ("9" * 30, "cannot transfer files over Xet")]
+)
+def test_an_error_number_that_no_system_has_is_none(number: str, said: str) -> None:
+    names = {"__name__": "huggingface_hub.file_download"}
+    exec("def xet_get(text): raise RuntimeError(text)", names)
+    with pytest.raises(RuntimeError) as caught:
+        names["xet_get"](f"I/O error: write (os error {number})")
+    failure = xet_failure(caught.value)
+    assert failure is not None and said in failure.sentence("https://hub", "run it again")
