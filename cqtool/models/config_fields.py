@@ -60,7 +60,11 @@ def config_fields(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True)
     # transformers raises where one of these is read from the configuration of all layers.
     by_layer = frozenset(config.per_layer_attributes or ()).intersection(_FIELDS)
-    told = {name: getattr(config, name) for name in _FIELDS if name not in by_layer and hasattr(config, name)}
+    told = {
+        name: getattr(config, name)
+        for name in _FIELDS
+        if name not in by_layer and hasattr(config, name)
+    }
     if by_layer:
         layers = list(config.per_layer_config)
         told |= {name: [getattr(layer, name) for layer in layers] for name in by_layer}

@@ -72,7 +72,8 @@ def _weights(tensor: Tensor, first: int, end: int) -> Tensor:
             *row, column = _place(start, tensor.shape)
             # Indexed, not flattened: a flattened view of a strided matrix would copy all of it.
             found = tensor[tuple(row)][column : column + min(_RUN, stop - start)]
-            weights[run, : len(found)] = found.cpu()  # first: not every device has float64
+            # To the CPU first: not every device has float64.
+            weights[run, : len(found)] = found.cpu()
     return weights.nan_to_num_(0.0, 0.0, 0.0)
 
 

@@ -181,10 +181,7 @@ def test_values_that_differ_among_layers_are_a_list() -> None:
     before = config_fields(model)
     assert before["head_dim"] == [16, 16, 32] * 2
     model.config.per_layer_config = {layer: {"head_dim": 32} for layer in (1, 2, 5)}
-    assert (
-        config_difference(before, config_fields(model))
-        == "its head_dim[1] is 32 instead of 16"
-    )
+    assert config_difference(before, config_fields(model)) == "its head_dim[1] is 32 instead of 16"
 
 
 def test_a_value_that_json_or_the_format_lacks_is_not_told() -> None:

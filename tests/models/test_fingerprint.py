@@ -143,6 +143,15 @@ def test_strides_do_not_count_and_not_even_a_nan_breaks_it() -> None:
     json.dumps(fingerprint(model), allow_nan=False)
 
 
+def test_compiled_models_and_layers_have_the_same_fingerprint() -> None:
+    model = tiny()
+    expected = fingerprint(model)
+    assert fingerprint(torch.compile(model)) == expected
+    model.model.layers = torch.nn.ModuleList(map(torch.compile, model.model.layers))
+    assert any("layers.0._orig_mod." in name for name, _ in model.named_parameters())
+    assert fingerprint(model) == expected
+
+
 def test_other_shape_or_type_is_named() -> None:
     expected = fingerprint(tiny())
     deeper = fingerprint(tiny(num_hidden_layers=5))
