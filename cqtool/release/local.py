@@ -37,7 +37,7 @@ from cqtool.layout.config import (
 from cqtool.manifest import MANIFEST_NAME, verify_folder
 from cqtool.models.load import OpenedModel
 from cqtool.progress import Progress
-from cqtool.recipe import Recipe
+from cqtool.recipe import Recipe, recipe_of
 from cqtool.release.inputs import Inputs, export_inputs
 from cqtool.release.journal import Journal
 from cqtool.report.files import draw_quality, write_entropy
@@ -201,7 +201,11 @@ class Local:
         *,
         valid: bool = True,
     ) -> Outcome:
-        """A step that ends in a calibration folder, in one step, and can be continued."""
+        """A step that ends in a calibration folder, in one step, and can be continued.
+
+        Raises:
+            ArtifactError: others finished it meanwhile, with other settings.
+        """
         same = valid and self._journal.is_done(step, inputs)
         if not same:
             if not self._journal.has_begun(step, inputs):
@@ -214,6 +218,12 @@ class Local:
                 self._begin(step, inputs)
             if not folder.exists():
                 make()
+            elif others := self._others_settings(step, folder):
+                # Not replaced: it may have taken several GPUs hours.
+                raise ArtifactError(
+                    f"{folder} was made meanwhile with another {', '.join(others)} than the "
+                    "release has; move it away, then run the same command again."
+                )
         _settle(folder, self.recipe)
         if not same:
             self._journal.finish(step, [folder / CODEBOOKS_NAME, folder / CALIBRATION_NAME])
@@ -222,6 +232,11 @@ class Local:
         said = f"{config.cache.name}, codebooks of {size:,} bytes"
         result = {"folder": str(folder), "format": config.cache.name, "codebook_bytes": size}
         return Outcome("same" if same else "done", said, result)
+
+    def _others_settings(self, step: str, folder: Path) -> list[str]:
+        """Fields in which the recipe that decided the codebooks in `folder` is not this one."""
+        differences = recipe_of(folder).differences(self.recipe)
+        return [name for name in differences if step == "tune" or name != "tuning"]
 
     def _begin(self, step: str, inputs: dict[str, Any]) -> None:
         changed = self._journal.changes(step, inputs)

@@ -174,6 +174,31 @@ def test_a_tuning_by_other_processes_is_taken_over_once_its_own_has_begun(
         assert (codebooks.stat().st_mtime_ns == written) is begun
 
 
+def test_a_tuning_by_other_processes_with_other_settings_is_refused_and_kept(
+    cqtool, words, tuned_recipe, tiny_model_dir, tmp_path
+):
+    """The release would state its own recipe of it."""
+    out = tmp_path / "release"
+    command = words(tuned_recipe, out, "org/seeded", "--dry-run")
+    begun = {"call": "cqtool.release.journal:Journal.begin", "argument": "tune", "after": True}
+    assert cqtool(*command, kill=begun).code == -9
+    tuned = out / "tuned"
+    tune = ["tune", tiny_model_dir, out / "calibration", "--out", tuned, "--seed", "1"]
+    assert cqtool(*tune).code == 0
+    kept = digests(tuned)
+    for _ in range(2):
+        run = cqtool(*command)
+        assert run.code == 2 and run.statuses["tune"] == "failed"
+        assert f"{tuned} was made meanwhile with another tuning than the release" in run.stderr
+        assert digests(tuned) == kept
+    tuned.rename(tmp_path / "away")
+    run = cqtool(*command)
+    assert run.code == 0, run.stderr
+    stated = json.loads((out / "artifact" / "cq_config.json").read_text())["recipe"]
+    assert stated["tuning"]["seed"] == 0
+    assert digests(tuned)["codebooks.safetensors"] != kept["codebooks.safetensors"]
+
+
 def test_a_missed_gate_ends_it_before_anything_is_published(
     cqtool, words, recipe, server, tmp_path
 ):
