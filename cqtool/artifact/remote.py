@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,15 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from huggingface_hub import HfApi, get_token
+from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import logging as client_logging
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from cqtool import __version__
 from cqtool.artifact.hub_errors import LOGIN
@@ -50,13 +57,22 @@ def hub_api(token: str | None = None, *, required: bool = True) -> HfApi:
 
 @contextmanager
 def quiet_client() -> Iterator[None]:
-    """Keep the client's warnings off stderr: they quote upload addresses, which are signed."""
-    before = client_logging.get_verbosity()
+    """Keep the client's warnings off stderr, and off a terminal its progress bars.
+
+    The warnings quote upload addresses, which are signed; transfers over Xet draw bars into files.
+    """
+    before, bars = client_logging.get_verbosity(), not are_progress_bars_disabled()
+    # Where HF_HUB_DISABLE_PROGRESS_BARS=0 asks for bars everywhere, the client would warn.
+    hidden = bars and not sys.stderr.isatty() and HF_HUB_DISABLE_PROGRESS_BARS is not False
     client_logging.set_verbosity(logging.ERROR)
+    if hidden:
+        disable_progress_bars()
     try:
         yield
     finally:
         client_logging.set_verbosity(before)
+        if hidden:
+            enable_progress_bars()
 
 
 @dataclass(frozen=True)

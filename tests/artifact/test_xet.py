@@ -19,6 +19,11 @@ from hub.xet import TOKENS
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 from huggingface_hub.utils import _xet
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from cqtool.artifact.export import export
 from cqtool.artifact.plan import PushOptions
@@ -69,6 +74,21 @@ def test_large_files_go_there_and_come_back(xet_hub: HubServer, artifact: Path) 
         assert asked.count("/xet/v1/reconstructions/") == len(large)
         assert not any(one.startswith("GET") and ".safetensors" in one for one in xet_hub.requests)
     verify_folder(resolve(REPO, result.oid))
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_off_a_terminal_no_bars_are_drawn(
+    xet_hub: HubServer, artifact: Path, capfd: pytest.CaptureFixture[str], bars: bool
+) -> None:
+    """What the program has chosen for the client stays as it was."""
+    (enable_progress_bars if bars else disable_progress_bars)()
+    try:
+        push(artifact, REPO)
+        assert any("/xorbs/" in one for one in xet_hub.requests)
+        assert capfd.readouterr().err == ""
+        assert are_progress_bars_disabled() is not bars
+    finally:
+        enable_progress_bars()
 
 
 # What the storage does, and what is said in the end.
