@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import sleep
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cqtool.errors import CqtoolError, HubError
@@ -49,11 +49,13 @@ class Trouble:
         wait: seconds that it asked to wait, None where it did not say.
         doubtful: waiting long would be in vain, because it may also be that there is no Hub, or has
             been done already.
+        silence: it may be one that the client has waited for by itself, time and again.
     """
 
     what: str
     wait: float | None = None
     doubtful: bool = False
+    silence: bool = False
 
 
 def passing_trouble(error: BaseException) -> Trouble | None:
@@ -75,7 +77,8 @@ def passing_trouble(error: BaseException) -> Trouble | None:
     xet = xet_failure(error)
     if xet is not None:
         # Before it gives up Xet's client has tried for minutes by itself.
-        return Trouble(xet.what, doubtful=True) if xet.passing else None
+        silence = xet.status is None
+        return Trouble(xet.what, doubtful=True, silence=silence) if xet.passing else None
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & _PASSING_TRANSPORT and not isinstance(error, OfflineModeIsEnabled):
         # Each silence has lasted as long as a Hub can take for anything.
@@ -104,7 +107,7 @@ class Retry:
         first: seconds before the second try; they double from try to try.
         longest: the most they grow to.
         patience: the longest wait that the Hub may ask for, in seconds; the Hub counts requests in
-            windows of 300.
+            windows of 300. A try that ends in a silence, and lasted longer, is the last one.
         silence: the longest time in seconds without a byte to or from the Hub. A commit of many
             files can take it a minute.
     """
@@ -124,6 +127,7 @@ class Retry:
         """
         done = 0
         while True:
+            started = monotonic()
             try:
                 with _limited(self.silence):
                     return action()
@@ -136,7 +140,9 @@ class Retry:
                 if trouble.wait is not None:
                     wait = max(wait, trouble.wait)
                 limit = self.doubtful_attempts if trouble.doubtful else self.attempts
-                if done >= limit or wait > self.patience:
+                # To a silent storage Xet's client sends six times, and waits for 300 s each time.
+                endless = trouble.silence and monotonic() - started > self.patience
+                if done >= limit or wait > self.patience or endless:
                     raise
                 progress.note(f"{trouble.what}; trying again in {wait:.0f} s")
             sleep(wait)

@@ -5,6 +5,7 @@ A push over a failing storage ends in one sentence and leaves the repository as 
 
 from __future__ import annotations
 
+import itertools
 import random
 import resource
 import socket
@@ -198,6 +199,26 @@ def test_a_storage_that_is_silent_counts_as_one_that_does_not_answer(
     with pytest.raises(HubError, match=TROUBLES["lost"]):
         acts[act]()
     assert waits == [1.0, 2.0] and any(part in one for one in pushed.requests)
+
+
+@pytest.mark.parametrize(("kind", "sent"), [(SILENT, 2), ("unavailable", 6)])
+def test_a_silence_that_lasted_is_not_waited_for_once_more(
+    xet_hub: HubServer,
+    artifact: Path,
+    waits: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    sent: int,
+) -> None:
+    """Xet's client sends twice here and six times by default, and cqtool three times that."""
+    monkeypatch.setenv("HF_XET_CLIENT_READ_TIMEOUT", "300ms")
+    monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())
+    monkeypatch.setattr("cqtool.retry.monotonic", itertools.count(step=331.0).__next__)
+    xet_hub.faults = refuse({"/xorbs/": kind})
+    with pytest.raises(HubError, match=TROUBLES["lost" if kind == SILENT else kind]):
+        push(artifact, REPO)
+    assert sum("/xorbs/" in one for one in xet_hub.requests) == sent
+    assert len(waits) == sent // 2 - 1
 
 
 @pytest.mark.parametrize("status", [404, 403])
