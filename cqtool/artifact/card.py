@@ -21,10 +21,11 @@ from cqtool.artifact.card_results import index_results, result_name
 from cqtool.artifact.card_runtime import runtime_limit, runtime_section
 from cqtool.artifact.card_speed import speed_section
 from cqtool.artifact.markdown import dataset, plain
-from cqtool.artifact.names import is_hub_id, public_name
+from cqtool.artifact.names import public_name
 from cqtool.artifact.runtime import GENERATE_NAME
 from cqtool.errors import ArtifactError
 from cqtool.layout.config import text_parts
+from cqtool.models.names import is_hub_id
 
 _TAGS = ["kv-cache", "kv-cache-quantization", "coupled-quantization", "quantization"]
 

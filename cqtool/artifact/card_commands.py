@@ -9,9 +9,10 @@ from typing import Any
 from cqtool.artifact.card_content import LOCAL_MODEL, CardContent
 from cqtool.artifact.markdown import one_line
 from cqtool.artifact.measured import QualityReport, QualityRow
-from cqtool.artifact.names import is_hub_id, public_name
+from cqtool.artifact.names import public_name
 from cqtool.artifact.speed import SpeedReport
 from cqtool.layout.config import text_parts
+from cqtool.models.names import is_hub_id
 
 
 def check_command(content: CardContent, quality: QualityReport, own: QualityRow) -> str:

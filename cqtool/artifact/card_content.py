@@ -6,11 +6,11 @@ import shlex
 from dataclasses import dataclass
 
 from cqtool.artifact.measured import QualityReport, QualityRow
-from cqtool.artifact.names import is_hub_id
 from cqtool.artifact.runtime_kernels import CompiledKernels
 from cqtool.artifact.speed import SpeedReport
 from cqtool.layout.config import CQConfig
 from cqtool.models.demo import DEMO_ID
+from cqtool.models.names import is_hub_id
 
 LOCAL_MODEL = "PATH/TO/MODEL"
 

@@ -12,8 +12,9 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 
 from cqtool.artifact.card_content import CardContent
 from cqtool.artifact.markdown import one_line
-from cqtool.artifact.names import is_hub_id, public_name
+from cqtool.artifact.names import public_name
 from cqtool.layout.config import text_parts
+from cqtool.models.names import is_hub_id
 
 _BENCHMARKS = {
     ("gsm8k", "exact_match (strict-match)"): ("openai/gsm8k", "gsm8k"),

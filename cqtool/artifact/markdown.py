@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cqtool.artifact.names import is_hub_id, public_name
+from cqtool.artifact.names import public_name
+from cqtool.models.names import is_hub_id
 
 _MARKUP = {ord(char): f"\\{char}" for char in "\\|<>[]`"}
 

@@ -9,20 +9,9 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from cqtool.errors import RecipeError
 from cqtool.layout.config import CQConfig
+from cqtool.models.names import is_hub_id
 
-_DATA_FILE = re.compile(r"\.(txt|jsonl|json|parquet|gguf)$", re.IGNORECASE)
 _MAX_NAME = 96
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether `name` is spelled like a repository of the Hub, and not like a path or ``demo``."""
-    if name == "demo" or _DATA_FILE.search(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def public_name(name: str) -> str:

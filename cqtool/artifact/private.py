@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cqtool.artifact.names import is_hub_id, public_name
+from cqtool.artifact.names import public_name
 from cqtool.files import write_json, write_text
 from cqtool.layout.config import MAX_JSON_BYTES, REMEDY
+from cqtool.models.names import is_hub_id
 from cqtool.spec import GROUPS_SUFFIX
 from cqtool.strictjson import read_object
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cqtool.artifact.names import is_hub_id
 from cqtool.errors import ArtifactError
 from cqtool.files import sha256_file
 from cqtool.layout.config import CODEBOOKS_NAME, REPORTS_NAME
 from cqtool.layout.fields import Fields
+from cqtool.models.names import is_hub_id
 from cqtool.strictjson import read_object
 
 SPEED_NAME = "speed.json"

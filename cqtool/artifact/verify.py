@@ -10,12 +10,12 @@ from pathlib import Path
 
 from cqtool.artifact.describe import describe
 from cqtool.artifact.hub_errors import explain_hub_errors
-from cqtool.artifact.names import is_hub_id
 from cqtool.artifact.refnames import check_revision
 from cqtool.artifact.remote import RemoteFile, RemoteRepo, hub_api, quiet_client, scratch_folder
 from cqtool.errors import ArtifactError, HubError
 from cqtool.files import sha256_file
 from cqtool.manifest import MANIFEST_NAME, FileRecord, parse_manifest, read_manifest
+from cqtool.models.names import is_hub_id
 from cqtool.progress import SILENT, Progress
 from cqtool.retry import Retry
 

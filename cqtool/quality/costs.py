@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from cqtool.artifact.names import is_hub_id
 from cqtool.errors import ArtifactError
 from cqtool.layout.config import MAX_JSON_BYTES
 from cqtool.layout.fields import Fields
+from cqtool.models.names import is_hub_id
 from cqtool.spec import KINDS, Kind
 from cqtool.strictjson import read_object
 
