@@ -57,7 +57,9 @@ class Tuning(Section):
     every `evaluate_every` steps whether it still helps, and the best codebooks so far are kept.
     After `patience` such looks without a gain, tuning ends. The step size rises over the first
     tenth of the steps and falls along a cosine; it is relative to the error that a codebook makes.
-    `softness` is the temperature of the choice of a centroid that gradients see, 0 for none.
+    `softness` is the temperature of the choice of a centroid that gradients see, 0 for none. `mode`
+    says what lies in the cache: what decoding token by token leaves there, or a prompt's keys and
+    values, computed in full precision before they were coded.
     """
 
     steps: int = Field(default=600, ge=1)
@@ -71,6 +73,7 @@ class Tuning(Section):
     evaluate_every: int = Field(default=50, ge=1)
     patience: int = Field(default=4, ge=1)
     gradient_checkpointing: bool = False
+    mode: Literal["teacher", "prefill"] = "teacher"
     seed: int = Field(default=0, ge=0)
 
 

@@ -71,10 +71,11 @@ def check(
         ),
     ] = None,
     mode: Annotated[
-        Literal["teacher", "decode"],
+        Literal["teacher", "prefill", "decode"],
         typer.Option(
             "--mode",
             help="teacher: one forward pass per window over the quantized cache; "
+            "prefill: the same, each token as the first after a prompt; "
             "decode: token by token, as generation does.",
         ),
     ] = "teacher",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -111,6 +111,15 @@ def tune(
             show_default=False,
         ),
     ] = None,
+    mode: Annotated[
+        Literal["teacher", "prefill"] | None,
+        typer.Option(
+            "--mode",
+            help="teacher: each position follows decoding token by token; prefill: each follows a "
+            "prompt, whose keys and values were computed in full precision and coded then.",
+            show_default=False,
+        ),
+    ] = None,
     seed: options.SeedOption = None,
     device: options.DeviceOption = "auto",
     dtype: options.DtypeOption = "auto",
@@ -146,6 +155,7 @@ def tune(
         "held_out": held_out,
         "evaluate_every": evaluate_every,
         "gradient_checkpointing": gradient_checkpointing,
+        "mode": mode,
         "seed": seed,
     }
     from cqtool.tuning.ranks import joined, own_device

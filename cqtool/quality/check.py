@@ -123,16 +123,19 @@ def check(
 def report_path(calibration: Path, report: QualityReport) -> Path | None:
     """Where a report belongs, None inside an artifact, which its manifest seals.
 
-    quality.json is about the calibration as it will be released; with another window or other
-    sinks the report has a name of its own.
+    quality.json is about the calibration as it will be released, with what decoding loses; with
+    another window or other sinks, or after prompts alone, the report has a name of its own.
     """
     if (calibration / MANIFEST_NAME).exists():
         return None
     own, checked = read_config(calibration).cache, report.rows[1]
-    name = QUALITY_NAME
+    special = ""
     if (checked.window, checked.sinks) != (own.window, own.sinks):
-        name = f"quality-window{checked.window}-sinks{checked.sinks}.json"
-    return calibration / REPORTS_NAME / name
+        special += f"-window{checked.window}-sinks{checked.sinks}"
+    if report.mode == "prefill":
+        special += "-prefill"
+    name = Path(QUALITY_NAME)
+    return calibration / REPORTS_NAME / f"{name.stem}{special}{name.suffix}"
 
 
 def _decisive(

@@ -15,7 +15,9 @@ from cqtool.errors import ModelError
 from cqtool.quality.positions import buckets
 from cqtool.quality.simulate import teacher_forced_logits
 
-Mode = Literal["teacher", "decode"]
+Mode = Literal["teacher", "prefill", "decode"]
+"""What a position follows: tokens decoded one by one, computed in one pass (`teacher`) or really one
+by one (`decode`), or a prompt that was computed in full precision (`prefill`)."""
 # log-softmax of this many positions is held at once, in float32.
 _CHUNK = 256
 
@@ -51,8 +53,8 @@ def quantized_logits(
     model: PreTrainedModel, format: CacheFormat, ids: Tensor, mode: Mode
 ) -> Tensor:
     """Logits ``[tokens, vocabulary]`` over a cache of `format`, in one pass or token by token."""
-    if mode == "teacher":
-        return teacher_forced_logits(model, format, ids)
+    if mode != "decode":
+        return teacher_forced_logits(model, format, ids, prefilled=mode == "prefill")
     cache = CQCache(format, model)
     steps = []
     with torch.no_grad():

@@ -73,7 +73,7 @@ class Run:
             return Measured(self._row(candidate, format), *self._scores(candidate.label, format))
 
     def _row(self, candidate: Candidate, format: CacheFormat) -> Row:
-        if self._settings.mode == "teacher":
+        if self._settings.mode != "decode":
             require_simulation(self._model, format, self._windows.ids[0])
         length = self._settings.window_length
         with self._progress.task(candidate.label, total=self._settings.windows) as task:

@@ -26,7 +26,8 @@ class CheckSettings:
         compare: further formats: ``int4``, ``cq-4c8b``, ``cq-8c8b:uniform``, ``cq-8c8b:paper``, a
             calibration folder; ``all`` for every one that can be made here.
         against: calibrations or artifacts of the same model, folders or Hub ids.
-        mode: ``teacher`` for one pass per window, ``decode`` for one pass per token.
+        mode: ``teacher`` for one pass per window, ``prefill`` for one in which each token is the
+            first after a prompt, ``decode`` for one pass per token.
         gates: limits for the calibration's row.
         samples: sample store for formats that are fitted; None is the calibration's own.
         window: replaces the calibration's window.

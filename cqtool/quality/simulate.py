@@ -11,7 +11,7 @@ the decode step. tests/quality checks it against decoding token by token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,28 +33,53 @@ _GUARD_KL, _GUARD_KL_HALF = 1e-3, 0.02
 # Masks kept of one pass. Models have one or two; some cut a new one in every layer.
 _MASKS = 4
 
+States = Mapping[int, tuple[Tensor, Tensor]]
+"""Keys and values of a pass by layer, ``[batch, kv_heads, tokens, head_dim]``, keys after RoPE."""
 
-def teacher_forced_logits(model: PreTrainedModel, format: CacheFormat, ids: Tensor) -> Tensor:
+
+def teacher_forced_logits(
+    model: PreTrainedModel, format: CacheFormat, ids: Tensor, *, prefilled: bool = False
+) -> Tensor:
     """Logits at every position of `ids`, each as decoding up to there would give them.
 
     Args:
         model: the model.
         format: on the model's device.
         ids: int64 ``[tokens]``.
+        prefilled: each as the first step after a prompt instead, see :func:`simulated_cache`.
 
     Returns:
         ``[tokens, vocabulary]`` in the model's dtype.
     """
     batch = ids.unsqueeze(0).to(model.device)
-    with torch.no_grad(), simulated_cache(model, format, ids.shape[0]) as cache:
+    states = full_pass(model, batch)[1] if prefilled else None
+    with torch.no_grad(), simulated_cache(model, format, ids.shape[0], states) as cache:
         logits = model(input_ids=batch, past_key_values=cache, use_cache=True).logits[0]
     assert isinstance(logits, Tensor)
     return logits
 
 
+def full_pass(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, States]:
+    """Logits of the unquantized model, and the keys and values that a prompt leaves in its cache.
+
+    Args:
+        model: the model.
+        ids: int64 ``[sequences, tokens]`` on its device.
+    """
+    states: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def on_update(layer: int, keys: Tensor, values: Tensor) -> None:
+        states[layer] = keys, values
+
+    with torch.no_grad():
+        cache = ObservingCache(on_update)
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    return logits, states
+
+
 @contextmanager
 def simulated_cache(
-    model: PreTrainedModel, format: CacheFormat, tokens: int
+    model: PreTrainedModel, format: CacheFormat, tokens: int, prefilled: States | None = None
 ) -> Iterator[ObservingCache]:
     """A cache for one pass over whole sequences, with which every position sees what decoding
     up to there would see.
@@ -67,6 +92,10 @@ def simulated_cache(
         model: the model.
         format: on the model's device.
         tokens: of each sequence.
+        prefilled: keys and values of :func:`full_pass` over the same sequences: then every position
+            sees what the first step after a prompt sees, which was computed in full precision and
+            coded after that. Its own key and value are those of the full pass, too: a small
+            difference from that step. None for what this pass makes out of codes.
     """
     tap = AttentionTap.of(model)
     if not tap.attention:
@@ -77,6 +106,8 @@ def simulated_cache(
         codecs = format.layers[layer]
         rotation = format.geometry.layers[layer].rotation
         shared = (codecs.block, format.sinks, tap, layer)
+        if prefilled is not None:
+            keys, values = prefilled[layer]
         decoded_keys = _round_trip(codecs.key, keys, rotation, *shared)
         decoded_values = _round_trip(codecs.value, values, NO_ROTATION, *shared)
         if not _sees_both(format, layer):

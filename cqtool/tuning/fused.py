@@ -60,7 +60,9 @@ def nearest(points: Tensor, tables: Tensor, metric: Tensor | None) -> Tensor:
 
     points = points.contiguous()
     (count, vectors, channels), centroids = points.shape, tables.shape[1]
-    heavy = (tables if metric is None else tables @ metric.float()).contiguous()
+    # In double, which no tensor core rounds to TF32: the nearest of close centroids hangs on it.
+    heavy = tables if metric is None else (tables.double() @ metric.double()).float()
+    heavy = heavy.contiguous()
     offsets = (tables * heavy).sum(dim=-1)
     codes = torch.empty(count, vectors, dtype=torch.long, device=points.device)
     with torch.cuda.device_of(points):  # type: ignore[no-untyped-call]

@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 from cqtool.cache.format import CacheFormat
 from cqtool.errors import EnvironmentProblem, RecipeError, SampleError
 from cqtool.files import atomic_file
-from cqtool.quality.simulate import simulated_cache
+from cqtool.quality.simulate import full_pass, simulated_cache
 from cqtool.recipe import Tuning
 from cqtool.tuning.capture import CapturedStep, NotCapturable
 from cqtool.tuning.codec import trainable
 from cqtool.tuning.loss import divergence
 from cqtool.tuning.memory import recomputing_layers
+from cqtool.tuning.precision import tensor_cores
 from cqtool.tuning.ranks import ALONE, Ranks
 
 # Of the steps: how long the step size rises, and where from and where to it goes, of its peak.
@@ -116,8 +117,9 @@ class Trainer:
             self._look()
             return 0
         goal = min(before + self.settings.evaluate_every, self.settings.steps)
-        while history.step < goal:
-            self._step()
+        with tensor_cores(self.model.device):
+            while history.step < goal:
+                self._step()
         history.losses.append(float(np.mean(self._losses)))
         self._losses = []
         self._look()
@@ -214,11 +216,15 @@ class Trainer:
 
     def _divergence(self, ids: Tensor, share: float | None = None) -> Tensor:
         """KL of a batch; with its `share` of a step also the gradient, and that share of the KL."""
-        with torch.no_grad():
-            full = self.model(input_ids=ids, use_cache=False).logits
+        prefilled = None
+        if self.settings.mode == "prefill":
+            full, prefilled = full_pass(self.model, ids)
+        else:
+            with torch.no_grad():
+                full = self.model(input_ids=ids, use_cache=False).logits
         with (
             torch.set_grad_enabled(share is not None),
-            simulated_cache(self.model, self.format, ids.shape[1]) as cache,
+            simulated_cache(self.model, self.format, ids.shape[1], prefilled) as cache,
         ):
             logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
             loss = divergence(full, logits)

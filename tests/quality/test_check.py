@@ -100,6 +100,21 @@ def test_another_window_gets_a_report_of_its_own(folder, opened, tiny_text_file)
     assert own.read_bytes() == before
 
 
+def test_what_is_lost_after_prompts_is_less_and_in_a_report_of_its_own(
+    folder, opened, tiny_text_file
+):
+    decoded = check(opened, folder, settings(tiny_text_file)).rows[1]
+    own = folder / "reports" / "quality.json"
+    before = own.read_bytes()
+    prefilled = check(opened, folder, settings(tiny_text_file, mode="prefill")).rows[1]
+    assert 0 < prefilled.kl < decoded.kl
+    report = json.loads((folder / "reports" / "quality-prefill.json").read_text())
+    assert (report["mode"], report["rows"][1]["kl"]) == ("prefill", prefilled.kl)
+    check(opened, folder, settings(tiny_text_file, mode="prefill", window=0, sinks=0))
+    assert (folder / "reports" / "quality-window0-sinks0-prefill.json").exists()
+    assert own.read_bytes() == before
+
+
 def test_an_artifact_can_be_checked_and_stays_whole(folder, opened, tiny_text_file, tmp_path):
     check(opened, folder, settings(tiny_text_file))
     artifact = export(folder, tmp_path / "artifact").folder

@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from zoo import ALIBI, CONFIGS, random_ids, tiny
 
-from cqtool.cache import CacheFormat
+from cqtool.cache import CacheFormat, CQCache
 from cqtool.errors import ModelError
 from cqtool.quality import simulate
 from cqtool.quality.measure import quantized_logits
@@ -61,6 +61,45 @@ def test_layers_with_and_without_blocks_may_be_mixed(name):
         teacher = quantized_logits(model, format, ids, "teacher")
         decode = quantized_logits(model, format, ids, "decode")
         torch.testing.assert_close(teacher, decode, rtol=1e-3, atol=2e-3)
+
+
+def after_prompts(model, format, ids):
+    """Logits of each token as the first one after a prompt, by a cache for each prompt."""
+    found = []
+    for position in range(1, ids.shape[0]):
+        cache = CQCache(format, model)
+        with torch.no_grad():
+            model(input_ids=ids[None, :position], past_key_values=cache, use_cache=True)
+            token = ids[None, position : position + 1]
+            found.append(model(input_ids=token, past_key_values=cache, use_cache=True).logits[0, 0])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (5, 2)])
+def test_prefill_mode_is_the_first_step_after_a_prompt(name, window, sinks):
+    model = tiny(name)
+    ids = random_ids(1, 24)[0]
+    format = random_format(model, window=window, sinks=sinks)
+    expected = after_prompts(model, format, ids)
+    prefill, teacher = (
+        quantized_logits(model, format, ids, mode)[1:] for mode in ("prefill", "teacher")
+    )
+    # Apart by a token's own key and value only, where the prompt's are out of codes in the other.
+    assert (prefill - expected).square().mean() < 0.25 * (teacher - expected).square().mean()
+
+
+def test_a_single_layer_after_a_prompt_is_exact():
+    # What it keeps of a token does not hang on codes, so its own key and value are no exception.
+    model = tiny("llama")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    ids = random_ids(1, 24)[0]
+    for window, sinks in ((0, 0), (5, 2)):
+        format = random_format(model, window=window, sinks=sinks)
+        found = quantized_logits(model, format, ids, "prefill")[1:]
+        expected = after_prompts(model, format, ids)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
 
 
 def test_the_window_matters_and_the_model_is_left_as_it_was():

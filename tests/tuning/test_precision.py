@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from cqtool.quality.measure import full_logits
 from cqtool.quality.simulate import teacher_forced_logits
 from cqtool.recipe import Tuning
 from cqtool.tuning.loss import divergence
+from cqtool.tuning.precision import tensor_cores
 from cqtool.tuning.trainer import Trainer
 
 SETTINGS = Tuning(
@@ -84,3 +86,31 @@ def test_steps_smaller_than_bfloat16_can_tell_add_up():
         # bfloat16 would see nearly none of all the steps together, and yet most centroids moved.
         assert (after.bfloat16() != before.bfloat16()).float().mean() < 0.1
         assert (after != before).float().mean() > 0.5
+
+
+def test_tensor_cores_are_for_a_gpu_and_only_within_the_block():
+    before = torch.get_float32_matmul_precision()
+    with tensor_cores(torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(RuntimeError, match="in the block"), tensor_cores(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise RuntimeError("in the block")
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_steps_run_on_tensor_cores_and_looks_do_not(monkeypatch):
+    seen = []
+
+    @contextmanager
+    def noted(device):
+        seen.append(device.type)
+        yield
+        seen.append("end")
+
+    monkeypatch.setattr("cqtool.tuning.trainer.tensor_cores", noted)
+    trainer = make(torch.float32)
+    look = trainer._look
+    monkeypatch.setattr(trainer, "_look", lambda: (seen.append("look"), look()))
+    trainer.run_until_next_look()
+    trainer.run_until_next_look()
+    assert seen == ["look", "cpu", "end", "look"]

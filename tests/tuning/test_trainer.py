@@ -11,8 +11,7 @@ from zoo import random_ids, tiny
 
 from cqtool.cache import CQCodec
 from cqtool.errors import SampleError
-from cqtool.quality.measure import full_logits
-from cqtool.quality.simulate import teacher_forced_logits
+from cqtool.quality.measure import full_logits, quantized_logits
 from cqtool.recipe import Tuning
 from cqtool.tuning.loss import divergence
 from cqtool.tuning.memory import recomputing_layers
@@ -62,10 +61,17 @@ def test_divergence_is_the_mean_over_tokens_of_kl():
 
 
 @pytest.mark.parametrize(
-    ("name", "window", "sinks"), [("llama", 0, 0), ("gemma3", 6, 2), ("gptj", 0, 1)]
+    ("name", "window", "sinks", "mode"),
+    [
+        ("llama", 0, 0, "teacher"),
+        ("gemma3", 6, 2, "teacher"),
+        ("gptj", 0, 1, "teacher"),
+        ("llama", 5, 0, "prefill"),
+        ("gemma3", 0, 2, "prefill"),
+    ],
 )
-def test_the_held_out_divergence_falls_and_is_that_of_the_result(name, window, sinks):
-    trainer = run(make(name, window, sinks))
+def test_the_held_out_divergence_falls_and_is_that_of_the_result(name, window, sinks, mode):
+    trainer = run(make(name, window, sinks, mode=mode))
     history = trainer.history
     assert history.held_out[history.best] == min(history.held_out) < 0.9 * history.held_out[0]
     format = trainer.best_format()
@@ -73,7 +79,7 @@ def test_the_held_out_divergence_falls_and_is_that_of_the_result(name, window, s
         float(
             divergence(
                 full_logits(trainer.model, ids)[None],
-                teacher_forced_logits(trainer.model, format, ids)[None],
+                quantized_logits(trainer.model, format, ids, mode)[None],
             )
         )
         for ids in trainer._held_out
@@ -89,10 +95,11 @@ def test_the_model_stays_as_it_was():
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
-def test_smaller_batches_in_memory_and_recomputed_layers_give_the_same_gradient():
+@pytest.mark.parametrize("mode", ["teacher", "prefill"])
+def test_smaller_batches_in_memory_and_recomputed_layers_give_the_same_gradient(mode):
     # A soft choice's temperature is that of the vectors in memory.
-    plain = make(window=5, softness=0.0)
-    split = make(window=5, softness=0.0, micro_batch=1, gradient_checkpointing=True)
+    shared = {"window": 5, "softness": 0.0, "mode": mode}
+    plain, split = make(**shared), make(**shared, micro_batch=1, gradient_checkpointing=True)
     for trainer in (plain, split):
         trainer._step()
     for one, other in zip(plain.codecs, split.codecs, strict=True):

@@ -156,6 +156,15 @@ def test_kill_9_and_resume_gives_the_same_bytes(tuned, tiny_model_dir, calibrati
         assert not partial_folder(out).exists()
 
 
+def test_tuned_for_what_follows_prompts(tuned, tiny_model_dir, calibration, tmp_path):
+    out = tmp_path / "out"
+    result = run(tiny_model_dir, calibration, "--out", out, *OPTIONS, "--mode", "prefill", "--json")
+    assert result.exit_code == 0, result.output
+    assert recipe_of(out).tuning.mode == "prefill" and recipe_of(tuned[0]).tuning.mode == "teacher"
+    # The same codebooks to begin with, over which less is lost after prompts.
+    assert json.loads(result.stdout)["held_out_kl_before"] < tuned[1]["held_out_kl_before"]
+
+
 def test_a_wrong_setting_is_called_by_its_name(tiny_model_dir, calibration, tmp_path):
     options = ["--out", tmp_path / "out", *OPTIONS, "--learning-rate", "-1"]
     result = run(tiny_model_dir, calibration, *options)
