@@ -16,8 +16,9 @@ from cqtool.quality.positions import buckets
 from cqtool.quality.simulate import teacher_forced_logits
 
 Mode = Literal["teacher", "prefill", "decode"]
-"""What a position follows: tokens decoded one by one, computed in one pass (`teacher`) or really one
-by one (`decode`), or a prompt that was computed in full precision (`prefill`)."""
+"""What a position follows: tokens decoded one by one, computed in one pass (`teacher`) or really so
+(`decode`), or a prompt that was computed in full precision (`prefill`)."""
+
 # log-softmax of this many positions is held at once, in float32.
 _CHUNK = 256
 
