@@ -66,6 +66,12 @@ RECALL = "1.25 bits by layer for recall, tuned"
 
 GENERATION = {
     "generation-recall": {"cq-8c6b-mixed query, tuned": RECALL},
+    "generation-recall-teacher": {
+        "cq-8c6b-mixed query, tuned": "the same, tuned in mode teacher",
+    },
+    "generation-recall-before": {
+        "cq-8c6b-mixed query, tuned": "1.25 bits by layer for recall, before",
+    },
     "generation": {
         "cq-8c6b-mixed query, tuned": "1.25 bits by layer for recall, earlier",
         "cq-8c10b fisher (PAPER)": "cq-8c10b paper",

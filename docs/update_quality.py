@@ -240,7 +240,8 @@ def measured() -> str:
         "window on text that says again what stood before:",
         "\n".join(generation()),
         f"Of full precision's right answers in all tasks together: {shares()}. Without sums, of "
-        f"which the text that recalls had the same ones then: {shares('arithmetic')}.",
+        "which the text that recalls gave away some before it took the form that it has now: "
+        f"{shares('arithmetic')}.",
         "## Tuning",
         "\n".join(tuning()),
     ]
