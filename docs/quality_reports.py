@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ RECALL = "1.25 bits by layer for recall, tuned"
 
 GENERATION = {
     "generation-recall": {"cq-8c6b-mixed query, tuned": RECALL},
-    "generation-recall-teacher": {
-        "cq-8c6b-mixed query, tuned": "the same, tuned in mode teacher",
+    "generation-recall-passkey": {"cq-8c6b-mixed query, tuned": RECALL},
+    "generation-recall-prefill": {
+        "cq-8c6b-mixed query, tuned": "the same, tuned in mode prefill",
     },
     "generation-recall-before": {
         "cq-8c6b-mixed query, tuned": "1.25 bits by layer for recall, before",
@@ -77,7 +79,7 @@ GENERATION = {
         "cq-8c10b fisher (PAPER)": "cq-8c10b paper",
     },
 }
-"""Reports on the same questions, and what this page calls their formats."""
+"""Reports on the same questions, or the first of them, and what this page calls their formats."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -113,17 +115,44 @@ def both(name: str) -> list[dict[str, Any]]:
     return [*report["rows"], own["rows"][1]]
 
 
-def answers() -> dict[str, dict[str, dict[str, Any]]]:
-    """Scores of exact answers by format, as this page calls it, and task; full precision first."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+@dataclass(frozen=True)
+class Answers:
+    """What a format answered of one task's questions.
+
+    Attributes:
+        score: as the report has it.
+        own: 1 for each right answer, else 0.
+        full: the same of full precision, on the same questions.
+    """
+
+    score: dict[str, Any]
+    own: list[float]
+    full: list[float]
+
+
+def answers() -> dict[str, dict[str, Answers]]:
+    """Exact answers by format, as this page calls it, and task; full precision first."""
+    found: dict[str, dict[str, Answers]] = {"full precision": {}}
     for name, formats in GENERATION.items():
         report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        full = report["rows"][0]["label"]
-        for score in report["generation"]["scores"]:
-            if score["group"] is not None or score["measure"] != "exact":
-                continue
-            label = "full precision" if score["format"] == full else formats[score["format"]]
-            known = found.setdefault(label, {}).setdefault(score["task"], score)
-            # Full precision stands in each report, and the questions are the same.
-            assert known["per_item"] == score["per_item"]
+        scores = [
+            one
+            for one in report["generation"]["scores"]
+            if one["group"] is None and one["measure"] == "exact"
+        ]
+        unquantized = report["rows"][0]["label"]
+        full = {one["task"]: one for one in scores if one["format"] == unquantized}
+        for task, score in full.items():
+            known = found["full precision"].setdefault(task, _answers(score, score))
+            # The same questions, as far as both go.
+            for one, other in zip(known.own, score["per_item"], strict=False):
+                assert one == other
+        for one in scores:
+            if one["format"] != unquantized:
+                of_format = found.setdefault(formats[one["format"]], {})
+                of_format[one["task"]] = _answers(one, full[one["task"]])
     return found
+
+
+def _answers(score: dict[str, Any], full: dict[str, Any]) -> Answers:
+    return Answers(score, score["per_item"], full["per_item"])

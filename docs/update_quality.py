@@ -51,6 +51,8 @@ GROUPINGS = (
 
 KEPT = 0.8
 """Of the gain over the paper's method, how much shall stay on text of another domain."""
+HALF = 40
+"""Questions of each task that all formats had."""
 OF_FULL = 0.95
 """Of full precision's score, how much shall stay in generation."""
 
@@ -161,18 +163,20 @@ def layers(name: str, text_of: str) -> Iterator[str]:
     yield f"| layer | | KL | share |\n| ---: | --- | ---: | ---: |\n{rows}"
 
 
-def generation_of_full(without: str | None = None) -> Iterator[tuple[str, float, float]]:
+def generation_of_full(
+    without: str | None = None, questions: slice = slice(None)
+) -> Iterator[tuple[str, float, float]]:
     """Each format's share of full precision's right answers over all tasks but one, and its error.
 
     The error is that of the paired differences; full precision's own score counts as given.
     """
-    full, *others = answers().items()
-    tasks = [task for task in full[1] if task != without]
-    right = [one for task in tasks for one in full[1][task]["per_item"]]
-    for name, scores in others:
-        own = [one for task in tasks for one in scores[task]["per_item"]]
-        gaps = [a - b for a, b in zip(own, right, strict=True)]
-        yield name, sum(own) / sum(right), stdev(gaps) / sqrt(len(gaps)) / mean(right)
+    _, *others = answers().items()
+    for name, tasks in others:
+        kept = [one for task, one in tasks.items() if task != without]
+        own = [right for one in kept for right in one.own[questions]]
+        full = [right for one in kept for right in one.full[questions]]
+        gaps = [a - b for a, b in zip(own, full, strict=True)]
+        yield name, sum(own) / sum(full), stdev(gaps) / sqrt(len(gaps)) / mean(full)
 
 
 def shares(without: str | None = None) -> str:
@@ -181,14 +185,23 @@ def shares(without: str | None = None) -> str:
     return "; ".join(f"{name} {score:.0%} ± {error:.0%}" for name, score, error in found)
 
 
+def halves() -> str:
+    """The same of the recall format: of the questions that all formats had, and of the others."""
+    parts = []
+    for questions in (slice(HALF), slice(HALF, None)):
+        _, score, error = next(generation_of_full(None, questions))
+        parts.append(f"{score:.0%} ± {error:.0%}")
+    return " and ".join(parts)
+
+
 def generation() -> Iterator[str]:
     """Scores of tasks, and the paired difference to full precision."""
     yield "| task | format | items | score | difference |"
     yield "| --- | --- | ---: | ---: | ---: |"
     found = answers()
-    for task in next(iter(found.values())):
-        for name, scores in found.items():
-            score = scores[task]
+    for task in found[RECALL]:
+        for name, tasks in found.items():
+            score = tasks[task].score
             error = score["difference_se"]
             yield (
                 f"| {task} | {name} | {score['items']} | {score['score']:.2f} "
@@ -241,7 +254,8 @@ def measured() -> str:
         "\n".join(generation()),
         f"Of full precision's right answers in all tasks together: {shares()}. Without sums, of "
         "which the text that recalls gave away some before it took the form that it has now: "
-        f"{shares('arithmetic')}.",
+        f"{shares('arithmetic')}. Of the questions that all formats had and of the others, "
+        f"{RECALL}: {halves()}.",
         "## Tuning",
         "\n".join(tuning()),
     ]
