@@ -4,9 +4,8 @@
     python docs/render_card.py ARTIFACT IMAGE.png    draw another card
 
 The image in the documentation is the card of `make demo`, made anew of the figures in
-docs/results/demo: the configuration (cq_config.json) and reports of demo/calibration. The reports
-were measured when a fingerprint had an older form: that of the configuration, and its digest in
-them, were made anew. speed.json is what this left there on two cores:
+docs/results/demo: the configuration (cq_config.json) and reports of demo/calibration. speed.json is
+what this left there on two cores:
 
     cqtool bench smollm2-135m demo/calibration --part end-to-end --batch 1,4 --prompt-tokens 512 \\
         --new-tokens 64 --device cpu --keep
