@@ -7,7 +7,7 @@ judged (evaluation text, gates). The shipped ones lie in the folder `recipes`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import pairwise
@@ -24,15 +24,17 @@ from pydantic import (
 from cqtool.errors import RecipeError
 from cqtool.files import digest_json
 from cqtool.layout.config import CONFIG_NAME, read_config
-from cqtool.recipe_codes import Format, Groups
+from cqtool.recipe_codes import Format, Groups, LayerFormat
 from cqtool.recipe_errors import explain
 from cqtool.recipe_texts import CalibrationText, EvaluationText, Fraction, Section, Text
 from cqtool.spec import (
     KINDS,
     CacheSpec,
+    Codes,
     CQSpec,
     Encoding,
     Gain,
+    Kind,
     LayerCodes,
     Objective,
     Sharing,
@@ -91,7 +93,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
     description: str = ""
     format: Format
-    layers: dict[str, Format] = Field(default_factory=dict)
+    layers: dict[str, LayerFormat] = Field(default_factory=dict)
     grouping: Groups = Groups()
     window: int = Field(default=128, ge=0)
     sinks: int = Field(default=4, ge=0)
@@ -115,7 +117,7 @@ class Recipe(Section):
 
     @field_validator("layers")
     @classmethod
-    def _are_layers(cls, layers: dict[str, Format]) -> dict[str, Format]:
+    def _are_layers(cls, layers: dict[str, LayerFormat]) -> dict[str, LayerFormat]:
         ends = [_ends(name) for name in layers]
         if ends != sorted(ends) or any(before[1] >= after[0] for before, after in pairwise(ends)):
             raise ValueError("name layers from the lowest index on, each once, such as 0-3 and 29")
@@ -138,21 +140,26 @@ class Recipe(Section):
         if self.objective == "query":
             encoding = "ldlq" if self.feedback == "ldlq" else "metric"
 
-        def codes(format: Format) -> Iterator[CQSpec]:
-            for kind in KINDS:
-                code, grouping = getattr(format, kind), getattr(self.grouping, kind)
-                yield replace(
-                    CQSpec.parse(code),
+        def codes(format: Format | LayerFormat, kind: Kind) -> Codes:
+            names, grouping = getattr(format, kind), getattr(self.grouping, kind)
+            found = tuple(
+                replace(
+                    CQSpec.parse(name),
                     grouping=grouping,
                     encoding=encoding,
                     gain=self.gain,
                     sharing=self.sharing,
                 )
+                for name in ([names] if isinstance(names, str) else names)
+            )
+            return found[0] if isinstance(names, str) else found
 
         layers = tuple(
-            LayerCodes(*_ends(name), *codes(format)) for name, format in self.layers.items()
+            LayerCodes(*_ends(name), *(codes(format, kind) for kind in KINDS))
+            for name, format in self.layers.items()
         )
-        key, value = codes(self.format)
+        key, value = (codes(self.format, kind) for kind in KINDS)
+        assert isinstance(key, CQSpec) and isinstance(value, CQSpec)
         return CacheSpec(key, value, self.window, self.sinks, layers)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import field_validator, model_serializer, model_validator
 
@@ -25,14 +25,43 @@ class Format(Section):
     @field_validator("key", "value")
     @classmethod
     def _is_a_format(cls, name: str) -> str:
-        try:
-            return CQSpec.parse(name).name
-        except RecipeError as error:
-            raise ValueError(str(error)) from error
+        return _parsed(name)
 
     @model_serializer
     def _to_name(self) -> str | dict[str, str]:
         return self.key if self.key == self.value else {"key": self.key, "value": self.value}
+
+
+class LayerFormat(Section):
+    """Codes of the keys and values of a layer; a single name stands for both, and a list names one
+    for each key/value head."""
+
+    key: str | tuple[str, ...]
+    value: str | tuple[str, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: object) -> object:
+        return {"key": value, "value": value} if isinstance(value, str | list) else value
+
+    @field_validator("key", "value")
+    @classmethod
+    def _are_formats(cls, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return _parsed(names) if isinstance(names, str) else tuple(map(_parsed, names))
+
+    @model_serializer
+    def _to_name(self) -> Any:
+        key, value = (
+            names if isinstance(names, str) else list(names) for names in (self.key, self.value)
+        )
+        return key if key == value else {"key": key, "value": value}
+
+
+def _parsed(name: str) -> str:
+    try:
+        return CQSpec.parse(name).name
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
 
 
 class Groups(Section):

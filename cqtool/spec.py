@@ -6,6 +6,7 @@ Plain dataclasses without dependencies, because the runtime that a consumer need
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -122,6 +123,10 @@ class CQSpec:
         return 1 if self.sharing == "heads" else kv_heads
 
 
+Codes = CQSpec | tuple[CQSpec, ...]
+"""The code of all key/value heads of a layer, or that of each."""
+
+
 @dataclass(frozen=True)
 class LayerCodes:
     """Codes of layers that have others than the rest of a cache.
@@ -129,14 +134,35 @@ class LayerCodes:
     Attributes:
         first: index of the first layer.
         last: index of the last one, which belongs to them.
-        key: code of their keys.
-        value: code of their values.
+        key: code of their keys, or of the keys of each head.
+        value: code of their values, or of the values of each head.
     """
 
     first: int
     last: int
-    key: CQSpec
-    value: CQSpec
+    key: Codes
+    value: Codes
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            given = self.key if kind == "key" else self.value
+            if isinstance(given, CQSpec):
+                continue
+            if len(given) < 2:
+                raise RecipeError(
+                    f"A list of codes for the {kind}s of {self.place} names one for each head; "
+                    "write a single code as it is."
+                )
+            if any(code.sharing != "none" for code in given):
+                raise RecipeError(
+                    f"The heads of {self.place} have codes of their own, so they cannot share "
+                    "codebooks; use sharing: none, or one code for all heads."
+                )
+
+    def codes(self, kind: Kind) -> tuple[CQSpec, ...]:
+        """The code of each head; a single one stands for all."""
+        codes = self.key if kind == "key" else self.value
+        return (codes,) if isinstance(codes, CQSpec) else codes
 
     @property
     def place(self) -> str:
@@ -197,12 +223,18 @@ class CacheSpec:
         have no codes of their own."""
         return (self.key.bits_per_channel + self.value.bits_per_channel) / 2
 
-    def of_layer(self, layer: int) -> CacheSpec:
-        """The format of one layer: the same codes for all layers."""
-        for codes in self.layers:
-            if codes.first <= layer <= codes.last:
-                return replace(self, key=codes.key, value=codes.value, layers=())
-        return replace(self, layers=()) if self.layers else self
+    def of_head(self, layer: int, head: int) -> CacheSpec:
+        """The format of one key/value head of a layer: the same codes for all heads and layers."""
+        pair = (self.codes_of(layer, kind) for kind in KINDS)
+        key, value = (codes[head] if len(codes) > 1 else codes[0] for codes in pair)
+        return replace(self, key=key, value=value, layers=())
+
+    def codes_of(self, layer: int, kind: Kind) -> tuple[CQSpec, ...]:
+        """The code of each head's keys or values in a layer; a single one stands for all heads."""
+        for own in self.layers:
+            if own.first <= layer <= own.last:
+                return own.codes(kind)
+        return (self.code(kind),)
 
     def rate_of(self, bits: float) -> str:
         """Bits a channel in words, such as ``1 bit per channel``."""
@@ -214,10 +246,30 @@ class CacheSpec:
         """The code of the keys or of the values."""
         return self.key if kind == "key" else self.value
 
+    def owners(self, layer: int, kind: Kind) -> Iterator[tuple[str, CQSpec, int | None]]:
+        """Who has codebooks in a layer.
+
+        Yields:
+            ``key``, its code and None for all heads; or where each head has a code of its own,
+            ``key.heads.0``, its code and 0, and so on.
+        """
+        codes = self.codes_of(layer, kind)
+        if len(codes) == 1:
+            yield kind, codes[0], None
+        else:
+            yield from ((f"{kind}.heads.{head}", code, head) for head, code in enumerate(codes))
+
+    def parts(self, layer: int, kv_heads: int) -> dict[CacheSpec, tuple[int, ...]]:
+        """The formats of a layer's heads, and which heads have each: what kernels take at once."""
+        heads: dict[CacheSpec, tuple[int, ...]] = {}
+        for head in range(kv_heads):
+            own = self.of_head(layer, head)
+            heads[own] = (*heads.get(own, ()), head)
+        return heads
+
     def codes(self, kind: Kind) -> tuple[CQSpec, ...]:
-        """All codes that keys or values have in some layer."""
-        own = (one.key if kind == "key" else one.value for one in self.layers)
-        return (self.code(kind), *own)
+        """All codes that keys or values have in some layer, some of them more than once."""
+        return (self.code(kind), *(code for own in self.layers for code in own.codes(kind)))
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form, as cq_config.json has it; `layers` only where there are some."""

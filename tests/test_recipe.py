@@ -305,12 +305,15 @@ def test_layers_may_have_codes_of_their_own(tmp_path: Path) -> None:
     path.write_text(plain + "layers:\n  0-2: cq-4c8b\n  7: {key: cq-8c8b, value: cq-4c8b}\n")
     recipe = load_recipe(str(path))
     spec = recipe.spec
-    names = [(one.key.name, one.value.name) for one in map(spec.of_layer, (0, 2, 3, 6, 7, 8))]
+    names = [
+        (one.key.name, one.value.name)
+        for one in (spec.of_head(layer, 0) for layer in (0, 2, 3, 6, 7, 8))
+    ]
     most = (spec.key.name, spec.value.name)
     few = [("cq-4c8b", "cq-4c8b")] * 2
     assert names == [*few, most, most, ("cq-8c8b", "cq-4c8b"), most]
-    assert spec.name == f"{spec.key.name}-mixed" and not spec.of_layer(0).layers
-    assert spec.of_layer(0).key.grouping == spec.layers[1].value.grouping == "correlation"
+    assert spec.name == f"{spec.key.name}-mixed" and not spec.of_head(0, 0).layers
+    assert spec.of_head(0, 0).key.grouping == spec.layers[1].value.grouping == "correlation"
     assert recipe_from(recipe.model_dump(mode="json"), {}, origin="again") == recipe
     path.write_text(plain)
     assert load_recipe(str(path)).digest != recipe.digest

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Protocol
 
 from cqtool.artifact.markdown import number, table
@@ -42,12 +44,18 @@ def format_section(config: CQConfig) -> Iterator[str]:
         ]
     )
     if cache.layers:
+        by_head = any(len(own.codes(kind)) > 1 for own in cache.layers for kind in KINDS)
+        differ = (
+            "Layers, and heads of a layer, counted from 0, differ"
+            if by_head
+            else ("Layers, counted from 0, differ")
+        )
         yield (
-            "Layers, counted from 0, differ in their codes. The name "
+            f"{differ} in their codes. The name "
             f"{cache.key.name} stands for {cache.key.channels} channels in a code of "
             f"{cache.key.bits} bits:"
         )
-        yield _layer_table(cache, len(config.geometry.layers))
+        yield _layer_table(config)
 
 
 def kept_tokens(kept: Kept) -> str:
@@ -84,32 +92,45 @@ def _code(cache: CacheSpec, code: CQSpec) -> str:
     )
 
 
-def _layer_table(cache: CacheSpec, count: int) -> str:
-    """A line for every code: its name, its bits, and the layers of each kind that have it."""
-    layers = [cache.of_layer(index) for index in range(count)]
-    codes = {code.name: code for layer in layers for code in (layer.key, layer.value)}
+def _layer_table(config: CQConfig) -> str:
+    """A line for every code: its name, its bits, and the layers of each kind that have it, or the
+    heads of layers whose heads differ."""
+    cache, layers = config.cache, range(len(config.geometry.layers))
+    codes = {code.name: code for i in layers for kind in KINDS for code in cache.codes_of(i, kind)}
     return table(
         ["Code", "Bits per channel", "Keys of layers", "Values of layers"],
         [
             [
                 name,
                 number(code.bits_per_channel),
-                *(
-                    _ranges([i for i, one in enumerate(layers) if one.code(kind).name == name])
-                    for kind in KINDS
-                ),
+                *(_places([cache.codes_of(i, kind) for i in layers], name) for kind in KINDS),
             ]
             for name, code in sorted(codes.items(), key=lambda one: one[1].bits_per_channel)
         ],
     )
 
 
+def _places(layers: Sequence[tuple[CQSpec, ...]], name: str) -> str:
+    """Where a code is used, such as ``1, 5–7, 9 (head 2), 11 (heads 0–1)``; a dash for nowhere."""
+    found: list[tuple[int, str]] = []
+    for index, codes in enumerate(layers):
+        heads = [head for head, code in enumerate(codes) if code.name == name]
+        if heads:
+            some = f"{'head' if len(heads) == 1 else 'heads'} {_ranges(heads)}"
+            found.append((index, "" if len(heads) == len(codes) else f" ({some})"))
+    runs = (
+        [_ranges([index for index, _ in run])] if not some else [f"{i}{some}" for i, _ in run]
+        for some, run in ((some, list(run)) for some, run in groupby(found, key=itemgetter(1)))
+    )
+    return ", ".join(chain.from_iterable(runs)) or "–"
+
+
 def _ranges(indices: Sequence[int]) -> str:
-    """Ascending indices with neighbours joined, such as ``1, 5–7``; a dash for none."""
+    """Ascending indices with neighbours joined, such as ``1, 5–7``."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and runs[-1][-1] == index - 1:
             runs[-1][1:] = [index]
         else:
             runs.append([index])
-    return ", ".join("–".join(map(str, run)) for run in runs) or "–"
+    return ", ".join("–".join(map(str, run)) for run in runs)

@@ -20,9 +20,9 @@ from cqtool.kernels.decode.config import DecodeCase, Pairing, choose
 from cqtool.kernels.encode.config import EncodeCase, encode_variant
 from cqtool.kernels.variants import KERNELS, OLDEST, Variant, read_sources
 from cqtool.layout.codebook_file import Channels
-from cqtool.layout.config import CQConfig, channels_name
+from cqtool.layout.config import CQConfig, channels_name, owner_name
 from cqtool.progress import SILENT, Progress
-from cqtool.spec import KINDS, CacheSpec
+from cqtool.spec import KINDS, CacheSpec, Kind
 
 if TYPE_CHECKING:
     from cqtool.kernels.layout import KeyPlan
@@ -85,16 +85,28 @@ def artifact_variants(
     layouts = (
         _layout(
             layer,
-            config.cache.of_layer(index),
-            *(channels.get(channels_name(index, kind)) for kind in KINDS),
+            own,
+            len(heads),
+            *(_rows(config, channels, index, kind, heads) for kind in KINDS),
         )
         for index, layer in enumerate(config.geometry.layers)
         if _layer_unsupported(config, index) is None
+        for own, heads in config.cache.parts(index, layer.kv_heads).items()
     )
     for layout in dict.fromkeys(layouts):
         found |= set(_decode_variants(config, layout, _capability(arch), softcap))
         found |= set(_encode_variants(layout))
     return sorted(found, key=lambda variant: (variant.source, variant.defines))
+
+
+def _rows(
+    config: CQConfig, channels: Channels, layer: int, kind: Kind, heads: Sequence[int]
+) -> _Heads | None:
+    """The channels of groups of some heads of a layer, None for contiguous groups."""
+    rows: list[tuple[int, ...]] = []
+    for owner, _, _ in config.cache.owners(layer, kind):
+        rows += channels.get(channels_name(owner_name(layer, owner)), ())
+    return tuple(rows[head] for head in heads) if rows else None
 
 
 def unsupported(config: CQConfig) -> str | None:
@@ -106,13 +118,13 @@ def unsupported(config: CQConfig) -> str | None:
 def _layer_unsupported(config: CQConfig, index: int) -> str | None:
     from cqtool.kernels.layout import CodeFormat
 
-    layer, cache = config.geometry.layers[index], config.cache.of_layer(index)
+    layer = config.geometry.layers[index]
     for kind in KINDS:
-        code = cache.code(kind)
-        if code.encoding == "ldlq" or code.gain != "none":
-            return "error feedback and gains of tokens have no kernel"
-        if reason := CodeFormat(layer.dim(kind), code.channels, code.bits).unsupported():
-            return reason
+        for code in config.cache.codes_of(index, kind):
+            if code.encoding == "ldlq" or code.gain != "none":
+                return "error feedback and gains of tokens have no kernel"
+            if reason := CodeFormat(layer.dim(kind), code.channels, code.bits).unsupported():
+                return reason
     if config.geometry.query_heads % layer.kv_heads:
         return f"{layer.kv_heads} kv heads do not divide {config.geometry.query_heads} query heads"
     return None
@@ -120,11 +132,11 @@ def _layer_unsupported(config: CQConfig, index: int) -> str | None:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What decides a layer's kernels.
+    """What decides the kernels of a layer's heads of one format.
 
     Attributes:
         layer: its shapes.
-        cache: its format.
+        cache: the format of these heads.
         pairing: of its key plans.
         slow: what :func:`cqtool.kernels.layout.turns_slowly` can say of them.
         neighbours: whether the channels of a vector can be loaded in twos, see Encoder; of keys
@@ -142,6 +154,7 @@ class _Layout:
 def _layout(
     layer: LayerGeometry,
     cache: CacheSpec,
+    heads: int,
     key_channels: _Heads | None,
     value_channels: _Heads | None,
 ) -> _Layout:
@@ -156,8 +169,8 @@ def _layout(
         None if rows is None else torch.tensor(rows) for rows in (key_channels, value_channels)
     )
     format = CodeFormat(layer.key_dim, cache.key.channels, cache.key.bits)
-    plans = key_plans(format, layer.rotation, key_order, layer.kv_heads)
-    values = value_maps(layer.value_dim, layer.kv_heads, value_order)
+    plans = key_plans(format, layer.rotation, key_order, heads)
+    values = value_maps(layer.value_dim, heads, value_order)
     return _Layout(
         # Where the angles come from makes no difference.
         replace(layer, rotation=replace(layer.rotation, source=None)),

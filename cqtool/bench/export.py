@@ -38,6 +38,7 @@ from cqtool.layout.config import (
     CONFIG_NAME,
     FORMAT_VERSION,
     codebook_name,
+    owner_name,
 )
 from cqtool.spec import KINDS
 
@@ -79,7 +80,9 @@ def write_random_calibration(shape: Shape, format: BenchFormat, folder: Path, se
     tensors: dict[str, Tensor] = {}
     for index in range(shape.layers):
         tables = format.layer_codebooks(index, shape.kv_heads, dim, generator)
-        tensors |= {codebook_name(index, k): t for k, t in zip(KINDS, tables, strict=True)}
+        tensors |= {
+            codebook_name(owner_name(index, k)): t for k, t in zip(KINDS, tables, strict=True)
+        }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / CODEBOOKS_NAME)
     fingerprint = {

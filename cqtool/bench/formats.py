@@ -102,7 +102,7 @@ class BenchFormat:
             return [self]
         first: dict[CacheSpec, int] = {}
         for layer in range(len(self.codebooks)):
-            first.setdefault(self.spec.of_layer(layer), layer)
+            first.setdefault(self.spec.of_head(layer, 0), layer)
         return [self._only(layer, spec) for spec, layer in first.items()]
 
     def _only(self, layer: int, spec: CacheSpec) -> BenchFormat:
@@ -183,20 +183,31 @@ def open_artifact(path: str) -> BenchFormat:
 
     from cqtool.cache.loading import resolve
     from cqtool.layout.codebook_file import check_codebooks
-    from cqtool.layout.config import CODEBOOKS_NAME, channels_name, codebook_name, read_config
+    from cqtool.layout.config import (
+        CODEBOOKS_NAME,
+        channels_name,
+        codebook_name,
+        owner_name,
+        read_config,
+    )
 
     folder: Path = resolve(path, None)
     config = read_config(folder)
     check_codebooks(folder, config)
+    if any(len(own.codes(kind)) > 1 for own in config.cache.layers for kind in KINDS):
+        raise ArtifactError(
+            f"{path} has codes for single heads, which cqtool bench does not measure yet; give a "
+            "format whose layers have one code for all heads."
+        )
     tensors = load_file(folder / CODEBOOKS_NAME)
 
     def codebook(layer: int, kind: Kind) -> Tensor:
         heads = config.geometry.layers[layer].kv_heads
-        stored = tensors[codebook_name(layer, kind)].half()
+        stored = tensors[codebook_name(owner_name(layer, kind))].half()
         return stored.expand(heads, -1, -1, -1).contiguous()  # a shared one, once for each head
 
     def channels(layer: int, kind: Kind) -> Tensor | None:
-        found = tensors.get(channels_name(layer, kind))
+        found = tensors.get(channels_name(owner_name(layer, kind)))
         return None if found is None else found.long()
 
     layers = range(len(config.geometry.layers))

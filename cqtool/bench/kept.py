@@ -75,7 +75,7 @@ class Keeper:
         check_codebooks(folder, config)
         cache = config.cache
         batches = len(settings.batches or DEFAULT_BATCHES)
-        codes = {cache.of_layer(index) for index in range(len(config.geometry.layers))}
+        codes = {cache.of_head(index, 0) for index in range(len(config.geometry.layers))}
         decode = "decode" in settings.chosen_parts
         rows = batches * max(
             len(settings.tokens) * len(codes) * decode,

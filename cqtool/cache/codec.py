@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
+from statistics import fmean
 from typing import Protocol, Self
 
 import torch
@@ -183,6 +185,45 @@ class CQCodec:
             tensor = getattr(self, name)
             setattr(moved, name, None if tensor is None else tensor.to(device))
         return moved
+
+
+class HeadsCodec:
+    """Coupled quantization with a code of its own for each head: one codec a head, side by side.
+
+    Args:
+        parts: the codec of each key/value head, each with the codebook of that one alone.
+
+    Attributes:
+        parts: the same.
+    """
+
+    before_rope = True
+    block = 1
+
+    def __init__(self, parts: Sequence[TokenCodec]) -> None:
+        self.parts = tuple(parts)
+        self.bits_per_channel = fmean(part.bits_per_channel for part in self.parts)
+
+    def encode(self, vectors: Tensor) -> Stored:
+        """See :meth:`TokenCodec.encode`; named ``0.codes`` and so on."""
+        return {
+            f"{head}.{name}": tensor
+            for head, part in enumerate(self.parts)
+            for name, tensor in part.encode(vectors[:, head : head + 1]).items()
+        }
+
+    def decode(self, stored: Stored) -> Tensor:
+        """See :meth:`TokenCodec.decode`."""
+        of_heads: list[Stored] = [{} for _ in self.parts]
+        for name, tensor in stored.items():
+            head, _, own = name.partition(".")
+            of_heads[int(head)][own] = tensor
+        vectors = [part.decode(own) for part, own in zip(self.parts, of_heads, strict=True)]
+        return torch.cat(vectors, dim=1)
+
+    def to(self, device: torch.device) -> HeadsCodec:
+        """See :meth:`TokenCodec.to`."""
+        return HeadsCodec([part.to(device) for part in self.parts])
 
 
 def _taken(vectors: Tensor, order: Tensor | None) -> Tensor:

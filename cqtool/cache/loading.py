@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from cqtool.cache.codec import CQCodec
+from cqtool.cache.codec import CQCodec, HeadsCodec
 from cqtool.cache.format import CacheFormat, LayerCodecs
 from cqtool.cache.pull import pull
 from cqtool.cache.shipped import trust_shipped_kernels
 from cqtool.errors import ArtifactError
+from cqtool.geometry import ModelGeometry
 from cqtool.layout.codebook_file import check_codebooks
 from cqtool.layout.config import (
     CODEBOOKS_NAME,
@@ -21,12 +24,13 @@ from cqtool.layout.config import (
     channels_name,
     codebook_name,
     extra_name,
+    owner_name,
     read_config,
 )
 from cqtool.manifest import MANIFEST_NAME, verify_folder
 from cqtool.models.fingerprint import compare_fingerprints, fingerprint
 from cqtool.models.probe import read_geometry
-from cqtool.spec import KINDS, Kind
+from cqtool.spec import KINDS, CacheSpec, Kind
 
 
 def load_format(
@@ -91,14 +95,40 @@ def _load_codecs(folder: Path, config: CQConfig) -> tuple[LayerCodecs, ...]:
     check_codebooks(folder, config)
     tensors = load_file(folder / CODEBOOKS_NAME)
 
-    def codec(layer: int, kind: Kind) -> CQCodec:
+    def tables(layer: int, owner: str) -> CodecTables:
         # check_codebooks made sure that these are the tensors that the format asks for.
-        extras = {part: tensors.get(extra_name(layer, kind, part)) for part in EXTRAS}
-        channels = tensors.get(channels_name(layer, kind))
-        heads = config.geometry.layers[layer].kv_heads
-        return CQCodec(tensors[codebook_name(layer, kind)], channels, **extras, heads=heads)
+        name = owner_name(layer, owner)
+        extras = {part: tensors.get(extra_name(name, part)) for part in EXTRAS}
+        return tensors[codebook_name(name)], tensors.get(channels_name(name)), extras
+
+    return make_codecs(config.cache, config.geometry, tables)
+
+
+CodecTables = tuple[Tensor, Tensor | None, Mapping[str, Tensor | None]]
+"""Codebook, channels and further arguments of a :class:`CQCodec`."""
+
+
+def make_codecs(
+    spec: CacheSpec, geometry: ModelGeometry, tables: Callable[[int, str], CodecTables]
+) -> tuple[LayerCodecs, ...]:
+    """The codecs of all layers.
+
+    Args:
+        spec: the format.
+        geometry: the model's cache geometry.
+        tables: gives what an owner of codebooks in a layer has; see
+            :meth:`cqtool.spec.CacheSpec.owners`.
+    """
+
+    def codec(layer: int, kind: Kind) -> CQCodec | HeadsCodec:
+        parts = []
+        for owner, _, head in spec.owners(layer, kind):
+            codebook, channels, extras = tables(layer, owner)
+            heads = geometry.layers[layer].kv_heads if head is None else 1
+            parts.append(CQCodec(codebook, channels, **extras, heads=heads))
+        return parts[0] if len(parts) == 1 else HeadsCodec(parts)
 
     return tuple(
         LayerCodecs(*(codec(layer, kind) for kind in KINDS))
-        for layer in range(len(config.geometry.layers))
+        for layer in range(len(geometry.layers))
     )

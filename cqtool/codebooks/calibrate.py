@@ -204,8 +204,7 @@ def fit_codebooks(
         orders = (order for kinds in given.values() for order in kinds.values())
         identity["groups"] = [order.tolist() for order in orders]
     work = work / digest_json(identity)[:16]
-    specs = [spec.of_layer(index) for index in range(len(geometry.layers))]
-    counts = [count_codebooks(*one) for one in zip(specs, geometry.layers, strict=True)]
+    counts = [count_codebooks(spec, index, one) for index, one in enumerate(geometry.layers)]
     files = [work / f"layer-{layer:03d}.safetensors" for layer in range(len(counts))]
     found = [read_fit(file) for file in files]
     done = sum(count for count, fit in zip(counts, found, strict=True) if fit is not None)
@@ -217,7 +216,7 @@ def fit_codebooks(
                 fit = fit_layer(
                     store,
                     layer,
-                    specs[layer],
+                    spec,
                     recipe.objective,
                     engine,
                     recipe.calibration.seed,

@@ -11,34 +11,40 @@ from torch import Tensor
 
 from cqtool.codebooks.fit import LayerFit
 from cqtool.files import atomic_file
-from cqtool.layout.config import EXTRAS, channels_name, codebook_name, extra_name
-from cqtool.spec import KINDS, Kind
+from cqtool.layout.config import (
+    EXTRAS,
+    channels_name,
+    codebook_name,
+    extra_name,
+    owner_name,
+)
 
 
 def write_codebooks(path: Path, fits: list[LayerFit]) -> None:
     """Write codebooks.safetensors for the fitted layers, in order."""
     tensors: dict[str, Tensor] = {}
     for layer, fit in enumerate(fits):
-        for kind in KINDS:
-            tensors[codebook_name(layer, kind)] = fit.codebooks[kind]
-            channels = fit.channels[kind]
+        for owner, codebook in fit.codebooks.items():
+            name = owner_name(layer, owner)
+            tensors[codebook_name(name)] = codebook
+            channels = fit.channels[owner]
             if channels is not None:
-                tensors[channels_name(layer, kind)] = channels.to(torch.int16)
-            for part, extra in fit.extras[kind].items():
-                tensors[extra_name(layer, kind, part)] = extra.contiguous()
+                tensors[channels_name(name)] = channels.to(torch.int16)
+            for part, extra in fit.extras[owner].items():
+                tensors[extra_name(name, part)] = extra.contiguous()
     with atomic_file(path) as temporary:
         save_file(tensors, temporary)
 
 
 def write_fit(path: Path, fit: LayerFit) -> None:
     """Write one layer's codebooks, and its errors as metadata."""
-    tensors: dict[str, Tensor] = {str(kind): table for kind, table in fit.codebooks.items()}
-    for kind, channels in fit.channels.items():
+    tensors: dict[str, Tensor] = dict(fit.codebooks)
+    for owner, channels in fit.channels.items():
         if channels is not None:
-            tensors[f"{kind}.channels"] = channels
-    for kind, extras in fit.extras.items():
-        tensors |= {f"{kind}.{part}": extra.contiguous() for part, extra in extras.items()}
-    errors = {str(kind): repr(error) for kind, error in fit.errors.items()}
+            tensors[f"{owner}.channels"] = channels.contiguous()
+    for owner, extras in fit.extras.items():
+        tensors |= {f"{owner}.{part}": extra.contiguous() for part, extra in extras.items()}
+    errors = {owner: repr(error) for owner, error in fit.errors.items()}
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, errors)
 
@@ -49,23 +55,22 @@ def read_fit(file: Path) -> LayerFit | None:
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
+            errors = {owner: float(error) for owner, error in (opened.metadata() or {}).items()}
             names = set(opened.keys())
-            codebooks: dict[Kind, Tensor] = {kind: opened.get_tensor(kind) for kind in KINDS}
-            channels: dict[Kind, Tensor | None] = {
-                kind: opened.get_tensor(name) if (name := f"{kind}.channels") in names else None
-                for kind in KINDS
+            codebooks = {owner: opened.get_tensor(owner) for owner in errors}
+            channels = {
+                owner: opened.get_tensor(name) if (name := f"{owner}.channels") in names else None
+                for owner in errors
             }
-            errors: dict[Kind, float] = {kind: float(metadata[kind]) for kind in KINDS}
-            extras: dict[Kind, dict[str, Tensor]] = {
-                kind: {
+            extras = {
+                owner: {
                     part: opened.get_tensor(name)
                     for part in EXTRAS
-                    if (name := f"{kind}.{part}") in names
+                    if (name := f"{owner}.{part}") in names
                 }
-                for kind in KINDS
+                for owner in errors
             }
-            return LayerFit(codebooks, errors, channels, extras)
+            return LayerFit(codebooks, errors, channels, extras) if errors else None
     except (SafetensorError, OSError, KeyError, ValueError):
         # Fitting a layer again takes less than finding out what happened to the file.
         return None

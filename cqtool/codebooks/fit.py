@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,22 +35,23 @@ _FLOAT16_MAX = 6.5e4
 
 @dataclass(frozen=True)
 class LayerFit:
-    """The codebooks of one layer.
+    """The codebooks of one layer, by their owners: ``key`` and ``value``, or ``key.heads.0`` and so
+    on where heads have codes of their own (:meth:`cqtool.spec.CacheSpec.owners`).
 
     Attributes:
-        codebooks: kind -> ``[kv_heads, groups, centroids, channels]`` as stored (float16, or
-            bfloat16 where float16 would overflow); one head for all where they share.
-        errors: kind -> mean weighted squared error a group, averaged over the layer's codebooks.
-        channels: kind -> int64 ``[kv_heads, head_dim]``, the model channel of each codebook
-            channel; None for contiguous groups.
-        extras: kind -> what else encoding and decoding need, named as the arguments of
+        codebooks: ``[kv_heads, groups, centroids, channels]`` as stored (float16, or bfloat16 where
+            float16 would overflow); one head for all where they share, and where it is that of one.
+        errors: mean weighted squared error a group, averaged over the owner's codebooks.
+        channels: int64 ``[kv_heads, head_dim]``, the model channel of each codebook channel; None
+            for contiguous groups.
+        extras: what else encoding and decoding need, named as the arguments of
             :class:`cqtool.cache.codec.CQCodec`, float32; empty for most formats.
     """
 
-    codebooks: dict[Kind, Tensor]
-    errors: dict[Kind, float]
-    channels: dict[Kind, Tensor | None]
-    extras: dict[Kind, dict[str, Tensor]]
+    codebooks: dict[str, Tensor]
+    errors: dict[str, float]
+    channels: dict[str, Tensor | None]
+    extras: dict[str, dict[str, Tensor]]
 
 
 def check_fits_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
@@ -69,20 +71,35 @@ def check_fits_geometry(spec: CacheSpec, geometry: ModelGeometry) -> None:
             )
     for index, layer in enumerate(geometry.layers):
         for kind in KINDS:
-            code, dim = spec.of_layer(index).code(kind), layer.dim(kind)
-            if dim % code.channels:
-                divisors = [str(c) for c in range(1, min(dim, 16) + 1) if dim % c == 0]
+            own, dim = spec.codes_of(index, kind), layer.dim(kind)
+            if len(own) not in (1, layer.kv_heads):
                 raise RecipeError(
-                    f"{code.name} couples {code.channels} channels, but this model's "
-                    f"{kind} heads have {dim}, which is not a multiple; couple "
-                    f"{', '.join(divisors)} channels instead."
+                    f"The recipe has {len(own)} codes for the {kind}s of layer {index}, but this "
+                    f"model's layer has {layer.kv_heads} key/value "
+                    f"{'head' if layer.kv_heads == 1 else 'heads'}; name one for each, or one for "
+                    "all."
                 )
+            for code in own:
+                _check_divides(code, kind, dim)
 
 
-def count_codebooks(spec: CacheSpec, layer: LayerGeometry) -> int:
-    """How many codebooks a layer needs in its format `spec`."""
-    codes = ((spec.code(kind), layer.dim(kind)) for kind in KINDS)
-    return sum(code.codebook_heads(layer.kv_heads) * dim // code.channels for code, dim in codes)
+def _check_divides(code: CQSpec, kind: Kind, dim: int) -> None:
+    if dim % code.channels:
+        divisors = [str(c) for c in range(1, min(dim, 16) + 1) if dim % c == 0]
+        raise RecipeError(
+            f"{code.name} couples {code.channels} channels, but this model's {kind} heads have "
+            f"{dim}, which is not a multiple; couple {', '.join(divisors)} channels instead."
+        )
+
+
+def count_codebooks(spec: CacheSpec, index: int, layer: LayerGeometry) -> int:
+    """How many codebooks the layer of an index needs."""
+    return sum(
+        (code.codebook_heads(layer.kv_heads) if head is None else 1)
+        * (layer.dim(kind) // code.channels)
+        for kind in KINDS
+        for _, code, head in spec.owners(index, kind)
+    )
 
 
 def check_enough_samples(spec: CacheSpec, tokens: int) -> None:
@@ -135,14 +152,15 @@ def fit_layer(
 ) -> LayerFit:
     """Fit keys and values of one layer, all heads and groups.
 
-    Groups are chosen from the samples first, as the format says. Where heads share their codebooks,
-    these are fitted to the samples of all of them, under one metric: k-means knows one metric for a
-    codebook. Encoding keeps that of each head.
+    A head with a code of its own gets what it would get if all heads had that code. Groups are
+    chosen from the samples first, as the format says. Where heads share their codebooks, these are
+    fitted to the samples of all of them, under one metric: k-means knows one metric for a codebook.
+    Encoding keeps that of each head.
 
     Args:
         store: the samples; only this layer's are read.
         layer: its index.
-        spec: the layer's format; its encoding is ``metric`` or ``ldlq`` under ``query``, else
+        spec: the format; its encoding is ``metric`` or ``ldlq`` under ``query``, else
             ``nearest``.
         objective: ``uniform`` for plain k-means, ``fisher`` for gradient-weighted k-means,
             ``query`` for the latter under the metric by which the layer reads its cache.
@@ -156,60 +174,74 @@ def fit_layer(
     Raises:
         SampleError: the store lacks what the objective needs, or k-means cannot work with it.
     """
-    codebooks: dict[Kind, Tensor] = {}
-    errors: dict[Kind, float] = {}
-    channels: dict[Kind, Tensor | None] = {}
-    extras: dict[Kind, dict[str, Tensor]] = {}
+    found = LayerFit({}, {}, {}, {})
     for kind in KINDS:
-        code = spec.code(kind)
         samples = store.load(layer, kind)
         gradients = None if objective == "uniform" else store.load_gradients(layer, kind)
         moment = None if objective != "query" else store.load_moment(layer, kind)
         turned = rotation if kind == "key" else NO_ROTATION
-        if code.grouping == "file":
-            assert given is not None
-            order: Tensor | None = given[kind]
-        else:
-            cost = moment
-            if is_balanced(code.grouping) and cost is None and gradients is not None:
-                cost = gradients.square().mean(dim=0).diag_embed()
-            order = choose_groups(samples, code.grouping, code.channels, turned, cost)
-        channels[kind], extras[kind] = order, {}
-        weights = None
-        if gradients is not None:
-            gradients = _in_order(gradients, order)
-            weights = fisher_weights(gradients, code.channels)
-        if code.gain == "token":
-            extras[kind]["gains"] = gain_table(samples)
-            gains = sample_gains(samples, extras[kind]["gains"])
-            samples = samples / gains
-            # An error in what is coded is multiplied by the gain when it is decoded.
-            own = gains.square().expand(-1, -1, samples.shape[2] // code.channels)
-            weights = own if weights is None else weights * own
-        metric = None
-        if code.encoding != "nearest":
-            assert moment is not None
-            whole = head_metric(moment, order)
-            metric = unit_trace(group_metrics(whole, code.channels))
-            extras[kind] |= _encoder(whole, metric, code)
-        points = split_groups(_in_order(samples, order), code.channels)
-        if code.sharing == "heads":
-            if metric is not None and weights is not None:
-                metric = shared_metric(metric, weights)
-            points = _pooled(points)
-            weights = None if weights is None else _pooled(weights)
-        codebooks[kind], errors[kind] = _fit_groups(
-            points,
-            weights,
-            metric,
-            code.centroids,
-            engine,
-            seed,
-            layer,
-            kind,
-            task,
-        )
-    return LayerFit(codebooks, errors, channels, extras)
+        for owner, code, head in spec.owners(layer, kind):
+            own = slice(None) if head is None else slice(head, head + 1)
+            order = None
+            if code.grouping == "file":
+                assert given is not None
+                order = given[kind][own]
+            _fit_owner(
+                found,
+                owner,
+                code,
+                samples[:, own],
+                None if gradients is None else gradients[:, own],
+                None if moment is None else moment[own],
+                turned,
+                order,
+                partial(_fit_groups, engine, seed, layer, kind, head or 0, task),
+            )
+    return found
+
+
+def _fit_owner(
+    found: LayerFit,
+    owner: str,
+    code: CQSpec,
+    samples: Tensor,
+    gradients: Tensor | None,
+    moment: Tensor | None,
+    rotation: KeyRotation,
+    order: Tensor | None,
+    fit: Callable[[Tensor, Tensor | None, Tensor | None, int], tuple[Tensor, float]],
+) -> None:
+    """Fit the codebooks of the heads that `samples` ``[tokens, heads, head_dim]`` are of."""
+    if order is None:
+        cost = moment
+        if is_balanced(code.grouping) and cost is None and gradients is not None:
+            cost = gradients.square().mean(dim=0).diag_embed()
+        order = choose_groups(samples, code.grouping, code.channels, rotation, cost)
+    extras: dict[str, Tensor] = {}
+    weights = None
+    if gradients is not None:
+        weights = fisher_weights(_in_order(gradients, order), code.channels)
+    if code.gain == "token":
+        extras["gains"] = gain_table(samples)
+        gains = sample_gains(samples, extras["gains"])
+        samples = samples / gains
+        # An error in what is coded is multiplied by the gain when it is decoded.
+        by_gain = gains.square().expand(-1, -1, samples.shape[2] // code.channels)
+        weights = by_gain if weights is None else weights * by_gain
+    metric = None
+    if code.encoding != "nearest":
+        assert moment is not None
+        whole = head_metric(moment, order)
+        metric = unit_trace(group_metrics(whole, code.channels))
+        extras |= _encoder(whole, metric, code)
+    points = split_groups(_in_order(samples, order), code.channels)
+    if code.sharing == "heads":
+        if metric is not None and weights is not None:
+            metric = shared_metric(metric, weights)
+        points = _pooled(points)
+        weights = None if weights is None else _pooled(weights)
+    found.channels[owner], found.extras[owner] = order, extras
+    found.codebooks[owner], found.errors[owner] = fit(points, weights, metric, code.centroids)
 
 
 def _encoder(whole: Tensor, metric: Tensor, code: CQSpec) -> dict[str, Tensor]:
@@ -231,21 +263,21 @@ def _pooled(samples: Tensor) -> Tensor:
 
 
 def _fit_groups(
-    samples: Tensor,
-    weights: Tensor | None,
-    metric: Tensor | None,
-    centroids: int,
     engine: Engine,
     seed: int,
     layer: int,
     kind: Kind,
+    first: int,
     task: Task,
+    samples: Tensor,
+    weights: Tensor | None,
+    metric: Tensor | None,
+    centroids: int,
 ) -> tuple[Tensor, float]:
     _, heads, groups, channels = samples.shape
-
     seeds = [
         codebook_seed(seed, layer, kind, head, group)
-        for head in range(heads)
+        for head in range(first, first + heads)
         for group in range(groups)
     ]
     if metric is not None:

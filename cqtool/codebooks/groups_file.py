@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cqtool.errors import RecipeError
 from cqtool.geometry import ModelGeometry
-from cqtool.layout.config import channels_name
+from cqtool.layout.config import channels_name, owner_name
 from cqtool.spec import KINDS, CacheSpec, Kind
 
 
@@ -49,10 +49,12 @@ def read_groups(
         with safe_open(path, framework="pt") as opened:
             names = set(opened.keys())
             for index, layer in enumerate(geometry.layers):
-                own = spec.of_layer(index)
-                kinds: list[Kind] = [k for k in KINDS if own.code(k).grouping == "file"]
+                kinds: list[Kind] = [
+                    kind for kind in KINDS if spec.codes_of(index, kind)[0].grouping == "file"
+                ]
                 for kind in kinds:
-                    name, shape = channels_name(index, kind), (layer.kv_heads, layer.dim(kind))
+                    name = channels_name(owner_name(index, kind))
+                    shape = layer.kv_heads, layer.dim(kind)
                     if name not in names:
                         raise RecipeError(
                             f"{path} has no tensor {name}; add it, integers {list(shape)}. A file "

@@ -7,10 +7,10 @@ centroid is. torch is not needed for any of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 from cqtool.errors import ArtifactError, RecipeError
 from cqtool.geometry import KeyRotation, LayerGeometry, ModelGeometry, Style
@@ -19,6 +19,7 @@ from cqtool.spec import (
     GAIN_BITS,
     KINDS,
     CacheSpec,
+    Codes,
     CQSpec,
     Encoding,
     Gain,
@@ -41,6 +42,9 @@ FORMAT_VERSION = 1
 MAX_JSON_BYTES = 16 << 20
 MAX_LAYERS = 4096
 """Far more than any model has; what is worked out for each layer stays quick for a hostile file."""
+
+MAX_HEADS = 1024
+"""The same for the heads of a layer that have codes of their own."""
 
 ROPE_NUMBERS = 5
 """What a fingerprint has of each RoPE table: a factor and four frequencies."""
@@ -88,6 +92,27 @@ class CalibrationData:
     seed: int
 
 
+class TableOwner(NamedTuple):
+    """Heads with one codebook tensor.
+
+    Attributes:
+        name: of :func:`owner_name`.
+        code: what they are coded with.
+        heads: how many they are: all of a layer, or one that has a code of its own.
+        dim: channels of a head.
+    """
+
+    name: str
+    code: CQSpec
+    heads: int
+    dim: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of a head's channels."""
+        return self.dim // self.code.channels
+
+
 @dataclass(frozen=True)
 class CQConfig:
     """``cq_config.json``, checked.
@@ -106,30 +131,36 @@ class CQConfig:
     tuned: bool = False
 
     @property
-    def codebook_shapes(self) -> dict[str, tuple[int, int, int, int]]:
-        """Every codebook of the file: name -> ``[kv_heads, groups, 2**bits, channels]``, one head
-        for all where they share."""
-        shapes = {}
+    def tables(self) -> Iterator[TableOwner]:
+        """Who has codebooks, in the order of the model."""
         for index, layer in enumerate(self.geometry.layers):
             for kind in KINDS:
-                code = self.cache.of_layer(index).code(kind)
-                shapes[codebook_name(index, kind)] = (
-                    code.codebook_heads(layer.kv_heads),
-                    layer.dim(kind) // code.channels,
-                    code.centroids,
-                    code.channels,
-                )
-        return shapes
+                for owner, code, head in self.cache.owners(index, kind):
+                    heads = layer.kv_heads if head is None else 1
+                    yield TableOwner(owner_name(index, owner), code, heads, layer.dim(kind))
+
+    @property
+    def codebook_shapes(self) -> dict[str, tuple[int, int, int, int]]:
+        """Every codebook of the file: name -> ``[kv_heads, groups, 2**bits, channels]``, one head
+        for all where they share, and where the codebook is of a single one."""
+        return {
+            codebook_name(owner.name): (
+                owner.code.codebook_heads(owner.heads),
+                owner.groups,
+                owner.code.centroids,
+                owner.code.channels,
+            )
+            for owner in self.tables
+        }
 
     @property
     def channels_shapes(self) -> dict[str, tuple[int, int]]:
         """The codebook file's other tensors, the channels of groups that are not contiguous: name
         -> ``[kv_heads, head_dim]``."""
         return {
-            channels_name(index, kind): (layer.kv_heads, layer.dim(kind))
-            for index, layer in enumerate(self.geometry.layers)
-            for kind in KINDS
-            if self.cache.of_layer(index).code(kind).grouping != "contiguous"
+            channels_name(owner.name): (owner.heads, owner.dim)
+            for owner in self.tables
+            if owner.code.grouping != "contiguous"
         }
 
     @property
@@ -137,28 +168,20 @@ class CQConfig:
         """The codebook file's float32 tensors, which encodings other than ``nearest`` and gains
         need: name -> shape."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for index, layer in enumerate(self.geometry.layers):
-            for kind in KINDS:
-                code = self.cache.of_layer(index).code(kind)
-                heads, dim = layer.kv_heads, layer.dim(kind)
-                if code.encoding != "nearest":
-                    groups = dim // code.channels
-                    shape = (heads, groups, code.channels, code.channels)
-                    shapes[extra_name(index, kind, "metric")] = shape
-                if code.encoding == "ldlq":
-                    shapes[extra_name(index, kind, "feedback")] = (heads, dim, dim)
-                if code.gain == "token":
-                    shapes[extra_name(index, kind, "gains")] = (heads, 1 << GAIN_BITS)
+        for name, code, heads, dim in self.tables:
+            if code.encoding != "nearest":
+                shape = (heads, dim // code.channels, code.channels, code.channels)
+                shapes[extra_name(name, "metric")] = shape
+            if code.encoding == "ldlq":
+                shapes[extra_name(name, "feedback")] = (heads, dim, dim)
+            if code.gain == "token":
+                shapes[extra_name(name, "gains")] = (heads, 1 << GAIN_BITS)
         return shapes
 
     @property
     def bits_per_channel(self) -> float:
         """Mean bits per channel in codes alone, over all layers."""
-        bits = 0.0
-        for index, layer in enumerate(self.geometry.layers):
-            for kind in KINDS:
-                code = self.cache.of_layer(index).code(kind)
-                bits += layer.kv_heads * layer.dim(kind) * code.bits_per_channel
+        bits = sum(owner.heads * owner.dim * owner.code.bits_per_channel for owner in self.tables)
         return bits / self.geometry.channels_per_token
 
     @property
@@ -171,11 +194,8 @@ class CQConfig:
         """Bytes of codes, and gains, that one token outside window and sinks puts into the
         cache."""
         bits = 0.0
-        for index, layer in enumerate(self.geometry.layers):
-            for kind in KINDS:
-                code = self.cache.of_layer(index).code(kind)
-                head = layer.dim(kind) * code.bits_per_channel
-                bits += layer.kv_heads * (head + (GAIN_BITS if code.gain == "token" else 0))
+        for _, code, heads, dim in self.tables:
+            bits += heads * (dim * code.bits_per_channel + (code.gain == "token") * GAIN_BITS)
         return bits / 8
 
 
@@ -187,19 +207,24 @@ def text_parts(source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [part for part in parts if isinstance(part, dict)] or [source]
 
 
-def codebook_name(layer: int, kind: Kind) -> str:
-    """Name of a codebook in the codebook file."""
-    return f"layers.{layer}.{kind}.codebook"
+def owner_name(layer: int, owner: str) -> str:
+    """How the names of the tensors begin, in the codebook file, of :attr:`TableOwner.owner`."""
+    return f"layers.{layer}.{owner}"
 
 
-def channels_name(layer: int, kind: Kind) -> str:
+def codebook_name(owner: str) -> str:
+    """Name of a codebook in the codebook file; see :func:`owner_name`."""
+    return f"{owner}.codebook"
+
+
+def channels_name(owner: str) -> str:
     """Name, in the codebook file, of the model channels of a codebook's channels."""
-    return f"layers.{layer}.{kind}.channels"
+    return f"{owner}.channels"
 
 
-def extra_name(layer: int, kind: Kind, part: str) -> str:
+def extra_name(owner: str, part: str) -> str:
     """Name, in the codebook file, of one of :data:`EXTRAS`."""
-    return f"layers.{layer}.{kind}.{part}"
+    return f"{owner}.{part}"
 
 
 def read_config(folder: Path) -> CQConfig:
@@ -327,10 +352,16 @@ def _layer_codes(fields: Fields) -> tuple[LayerCodes, ...]:
         LayerCodes(
             layer.integer("first", minimum=0),
             layer.integer("last", minimum=0),
-            *(_code(layer.child(kind)) for kind in KINDS),
+            *(_codes(layer, kind) for kind in KINDS),
         )
         for layer in fields.children("layers", most=MAX_LAYERS)
     )
+
+
+def _codes(fields: Fields, kind: Kind) -> Codes:
+    if isinstance(fields.values.get(kind), list):
+        return tuple(map(_code, fields.children(kind, most=MAX_HEADS)))
+    return _code(fields.child(kind))
 
 
 def _code(fields: Fields) -> CQSpec:
@@ -360,9 +391,15 @@ def _check_groups(config: CQConfig, path: Path) -> None:
             )
     for index, layer in enumerate(config.geometry.layers):
         for kind in KINDS:
-            channels = config.cache.of_layer(index).code(kind).channels
-            if layer.dim(kind) % channels:
+            own = config.cache.codes_of(index, kind)
+            if len(own) not in (1, layer.kv_heads):
+                raise ArtifactError(
+                    f"{path} has {len(own)} codes for the {kind}s of layer {index}, which has "
+                    f"{layer.kv_heads} heads. {REMEDY}"
+                )
+            unfit = [code.channels for code in own if layer.dim(kind) % code.channels]
+            if unfit:
                 raise ArtifactError(
                     f"{path}: {kind} heads of layer {index} have {layer.dim(kind)} channels, which "
-                    f"do not divide into groups of {channels}. {REMEDY}"
+                    f"do not divide into groups of {unfit[0]}. {REMEDY}"
                 )

@@ -12,8 +12,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
-from cqtool.cache import CacheFormat, CQCodec, LayerCodecs
-from cqtool.cache.loading import load_format, resolve
+from cqtool.cache import CacheFormat, LayerCodecs
+from cqtool.cache.loading import CodecTables, load_format, make_codecs, resolve
 from cqtool.codebooks.calibrate import fit_codebooks
 from cqtool.codebooks.engines import make_engine
 from cqtool.codebooks.fit import check_enough_samples, check_fits_geometry
@@ -30,7 +30,7 @@ from cqtool.quality.settings import CheckSettings
 from cqtool.recipe import Recipe, recipe_from, recipe_of
 from cqtool.sampling import SampleStore
 from cqtool.schemes import SCHEMES, make_format
-from cqtool.spec import KINDS, Objective
+from cqtool.spec import Objective
 
 ALL = "all"
 PAPER = "paper"
@@ -254,20 +254,12 @@ class Candidates:
         engine = make_engine(recipe.kmeans, self._device)
         work = store.path / "fits"
         fits = fit_codebooks(store, self._geometry, recipe, engine, work, progress=self._progress)
-        layers = tuple(
-            LayerCodecs(
-                *(
-                    CQCodec(
-                        fit.codebooks[kind],
-                        fit.channels[kind],
-                        **fit.extras[kind],
-                        heads=layer.kv_heads,
-                    )
-                    for kind in KINDS
-                )
-            )
-            for fit, layer in zip(fits, self._geometry.layers, strict=True)
-        )
+
+        def tables(layer: int, owner: str) -> CodecTables:
+            fit = fits[layer]
+            return fit.codebooks[owner], fit.channels[owner], fit.extras[owner]
+
+        layers = make_codecs(recipe.spec, self._geometry, tables)
         return self._finished(CacheFormat(recipe.spec.name, self._geometry, layers, 0, 0))
 
     def _finished(self, format: CacheFormat) -> CacheFormat:

@@ -21,6 +21,7 @@ from cqtool.layout.config import (
 )
 from cqtool.report.html_scores import paired, scores, with_error
 from cqtool.report.markup import Markup, element, facts, figure, page, table, tiles, verdict
+from cqtool.spec import KINDS
 from cqtool.strictjson import read_object
 
 REPORT_NAME = "report.html"
@@ -102,7 +103,8 @@ def _format(config: CQConfig) -> list[Markup]:
         for kind, code in (("key", cache.key), ("value", cache.value))
     )
     for layers in cache.layers:
-        codes += f"; {layers.place}: keys {layers.key.name}, values {layers.value.name}"
+        own = [f"{kind}s {', '.join(code.name for code in layers.codes(kind))}" for kind in KINDS]
+        codes += f"; {layers.place}: {' and '.join(own)}"
     return [
         element(
             "p",

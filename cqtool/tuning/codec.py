@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from cqtool.cache.codec import CQCodec, Stored
+from cqtool.cache.codec import CQCodec, HeadsCodec, Stored, TokenCodec
 from cqtool.cache.format import CacheFormat, LayerCodecs
 from cqtool.codebooks.codes import lookup
 from cqtool.codebooks.start import FIXED_ONE, fixed_point
@@ -229,12 +230,28 @@ class TrainedCodec:
 
 
 def trainable(format: CacheFormat, softness: float) -> tuple[CacheFormat, list[TrainedCodec]]:
-    """`format` with codebooks that can be trained, and those of all layers: key, value, key, ..."""
+    """`format` with codebooks that can be trained, and those of all layers: key, value, key, ...,
+    one after the other where heads have their own."""
     codecs: list[TrainedCodec] = []
-    layers = []
-    for layer in format.layers:
-        assert isinstance(layer.key, CQCodec) and isinstance(layer.value, CQCodec)
-        pair = TrainedCodec(layer.key, softness), TrainedCodec(layer.value, softness)
-        codecs += pair
-        layers.append(LayerCodecs(*pair))
-    return replace(format, layers=tuple(layers)), codecs
+
+    def start(codec: TokenCodec) -> TrainedCodec:
+        assert isinstance(codec, CQCodec)
+        codecs.append(TrainedCodec(codec, softness))
+        return codecs[-1]
+
+    return _changed(format, start), codecs
+
+
+def trained(format: CacheFormat) -> CacheFormat:
+    """What :func:`trainable` made, with the centroids of the moment."""
+    return _changed(format, TrainedCodec.trained)
+
+
+def _changed(format: CacheFormat, change: Callable[[Any], TokenCodec]) -> CacheFormat:
+    def changed(codec: TokenCodec) -> TokenCodec:
+        if isinstance(codec, HeadsCodec):
+            return HeadsCodec([changed(part) for part in codec.parts])
+        return change(codec)
+
+    layers = (LayerCodecs(changed(layer.key), changed(layer.value)) for layer in format.layers)
+    return replace(format, layers=tuple(layers))

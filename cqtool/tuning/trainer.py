@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from cqtool.files import atomic_file
 from cqtool.quality.simulate import full_pass, simulated_cache
 from cqtool.recipe import Tuning
 from cqtool.tuning.capture import CapturedStep, NotCapturable
-from cqtool.tuning.codec import trainable
+from cqtool.tuning.codec import trainable, trained
 from cqtool.tuning.loss import divergence
 from cqtool.tuning.memory import recomputing_layers
 from cqtool.tuning.precision import tensor_cores
@@ -129,12 +129,7 @@ class Trainer:
         """The format with the codebooks that did best on the held-out text."""
         for delta, best in zip(self._deltas, self._best, strict=True):
             delta.data.copy_(best)
-        pairs = zip(self.codecs[::2], self.codecs[1::2], strict=True)
-        layers = tuple(
-            type(layer)(key.trained(), value.trained())
-            for layer, (key, value) in zip(self.format.layers, pairs, strict=True)
-        )
-        return replace(self.format, layers=layers)
+        return trained(self.format)
 
     def save(self, path: Path, identity: str) -> None:
         """Write everything that :meth:`load` needs to go on, in one step."""

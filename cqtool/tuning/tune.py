@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from cqtool.cache.codec import CQCodec
+from cqtool.cache.codec import CQCodec, HeadsCodec
 from cqtool.cache.format import CacheFormat
 from cqtool.cache.loading import load_format
 from cqtool.codebooks.calibrate import exclusive, library_versions, partial_folder
@@ -28,6 +28,7 @@ from cqtool.layout.config import (
     MAX_JSON_BYTES,
     REMEDY,
     codebook_name,
+    owner_name,
 )
 from cqtool.models.load import OpenedModel
 from cqtool.progress import SILENT, Progress
@@ -174,8 +175,12 @@ def _write(
     for index, layer in enumerate(tuned.layers):
         for kind in KINDS:
             codec = layer.key if kind == "key" else layer.value
-            assert isinstance(codec, CQCodec)
-            tensors[codebook_name(index, kind)] = codec.stored_codebook.contiguous().cpu()
+            parts = codec.parts if isinstance(codec, HeadsCodec) else (codec,)
+            owners = recipe.spec.owners(index, kind)
+            for (owner, _, _), part in zip(owners, parts, strict=True):
+                assert isinstance(part, CQCodec)
+                name = codebook_name(owner_name(index, owner))
+                tensors[name] = part.stored_codebook.contiguous().cpu()
     config = read_object(calibration / CONFIG_NAME, REMEDY, limit=MAX_JSON_BYTES)
     fitted = read_object(calibration / CALIBRATION_NAME, REMEDY, limit=MAX_JSON_BYTES)
     with atomic_dir(out) as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from cqtool.artifact.card_format import format_section, kept_tokens
 from cqtool.artifact.markdown import dataset, size, table
 from cqtool.layout.config import CQConfig, read_config
-from cqtool.spec import CacheSpec, CQSpec, LayerCodes
+from cqtool.spec import KINDS, CacheSpec, Codes, CQSpec, LayerCodes
 
 
 @pytest.fixture
@@ -22,37 +23,63 @@ def config(calibration: Path) -> CQConfig:
     return replace(config, geometry=replace(config.geometry, layers=layers))
 
 
-def layers_of(cell: str) -> set[int]:
-    """What a cell such as ``1, 5–7`` names."""
+def places_of(cell: str) -> set[tuple[int, int]]:
+    """The layers and heads that a cell such as ``1, 5–7, 9 (heads 0, 2)`` names, of 3 heads."""
+    found: set[tuple[int, int]] = set()
+    for part in re.split(r", (?![^(]*\))", cell):
+        layers, _, heads = part.partition(" (")
+        own = numbers(re.sub(r"heads? |\)", "", heads)) if heads else {0, 1, 2}
+        found |= {(layer, head) for layer in numbers(layers) for head in own}
+    return found
+
+
+def numbers(text: str) -> set[int]:
+    """What ``1, 5–7`` names."""
     found: set[int] = set()
-    for part in cell.split(", "):
+    for part in text.split(", "):
         first, _, last = part.partition("–")
         if first:
             found |= set(range(int(first), int(last or first) + 1))
     return found
 
 
+@pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_the_table_of_layers_gives_back_every_layer_s_code(config: CQConfig, seed: int) -> None:
+def test_the_table_of_layers_gives_back_every_layer_s_code(
+    config: CQConfig, seed: int, by_head: bool
+) -> None:
     draw = random.Random(seed)
     codes = [CQSpec(8, 6), CQSpec(8, 8), CQSpec(8, 10), CQSpec(4, 8)]
+
+    def drawn() -> Codes:
+        if by_head and draw.random() < 0.5:
+            return tuple(draw.choices(codes, k=3))
+        return draw.choice(codes)
+
     mixed, layer = [], draw.randint(0, 3)
     while layer < 30:
         last = min(29, layer + draw.randint(0, 3))
-        mixed.append(LayerCodes(layer, last, draw.choice(codes), draw.choice(codes)))
+        mixed.append(LayerCodes(layer, last, drawn(), drawn()))
         layer = last + draw.randint(1, 4)
     cache = CacheSpec(codes[0], codes[0], layers=tuple(mixed))
-    lines = list(format_section(replace(config, cache=cache)))[-1].splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    geometry = replace(config.geometry, layers=config.geometry.layers[:1] * 30)
+    *_, note, cells = format_section(replace(config, cache=cache, geometry=geometry))
+    assert ("heads of a layer" in note) is any(
+        isinstance(one, tuple) for own in mixed for one in (own.key, own.value)
+    )
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in cells.splitlines()[2:]
+    ]
     rates = [float(bits) for _, bits, _, _ in rows]
     assert rates == sorted(rates)
-    for name, bits, keys, values in rows:
+    places = {(layer, head) for layer in range(30) for head in range(3)}
+    for name, bits, *columns in rows:
         assert float(bits) == CQSpec.parse(name).bits_per_channel
-        of_layers = [cache.of_layer(index) for index in range(30)]
-        assert layers_of(keys) == {i for i, one in enumerate(of_layers) if one.key.name == name}
-        assert layers_of(values) == {i for i, one in enumerate(of_layers) if one.value.name == name}
-    covered = [layers_of(row[2]) for row in rows]
-    assert set().union(*covered) == set(range(30)) and sum(map(len, covered)) == 30
+        for kind, cell in zip(KINDS, columns, strict=True):
+            own = {place for place in places if cache.of_head(*place).code(kind).name == name}
+            assert places_of(cell) == own
+    covered = [places_of(row[2]) for row in rows]
+    assert set().union(*covered) == places and sum(map(len, covered)) == 90
 
 
 def test_one_code_for_all_layers_has_no_table_and_is_said_once(config: CQConfig) -> None:

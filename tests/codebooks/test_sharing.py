@@ -203,7 +203,7 @@ def test_inspect_and_the_card_say_that_heads_share(shared, tmp_path):
 def test_progress_counts_a_shared_codebook_once(opened, tiny_text_file):
     layer = read_geometry(opened.model).layers[0]
     counts = [
-        count_codebooks(recipe(tiny_text_file, sharing=how).spec, layer)
+        count_codebooks(recipe(tiny_text_file, sharing=how).spec, 0, layer)
         for how in ("none", "heads")
     ]
     assert counts == [8, 4]

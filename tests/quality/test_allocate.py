@@ -212,7 +212,7 @@ def test_the_fields_name_only_what_differs_neighbours_together() -> None:
     }
     spec = load_recipe("cq-8c8b", fields).spec
     for (layer, kind), code in chosen.items():
-        assert spec.of_layer(layer).code(kind).name == code.name
+        assert [one.name for one in spec.codes_of(layer, kind)] == [code.name]
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_the_command_writes_a_recipe_that_spends_the_budget(calibration: Path) -
     done = CliRunner().invoke(app, [*words, "--codes", "cq-8c6b,cq-4c8b"])
     assert done.exit_code == 0, done.output
     spec = load_recipe(str(out)).spec
-    codes = [spec.of_layer(layer).code(kind).name for layer in (0, 1) for kind in ("key", "value")]
+    codes = [spec.codes_of(layer, kind)[0].name for layer in (0, 1) for kind in ("key", "value")]
     assert codes == ["cq-8c6b", "cq-4c8b", "cq-8c6b", "cq-8c6b"]
     printed = CliRunner().invoke(app, [*words[:4], "--codes", "cq-8c6b,cq-4c8b"])
     assert printed.stdout == out.read_text()
@@ -452,4 +452,4 @@ def test_the_demo_model_s_recipes_have_the_bits_that_the_measured_costs_give(bit
     chosen = allocate(costs, dict.fromkeys(costs, Size(3, 64)), codes, bits)
     spec = load_recipe(f"smollm2-135m-{bits:g}bit").spec
     for (layer, kind), code in chosen.items():
-        assert spec.of_layer(layer).code(kind).name == code.name
+        assert [one.name for one in spec.codes_of(layer, kind)] == [code.name]
