@@ -36,8 +36,8 @@ class LayerFormat(Section):
     """Codes of the keys and values of a layer; a single name stands for both, and a list names one
     for each key/value head."""
 
-    key: str | tuple[str, ...]
-    value: str | tuple[str, ...]
+    key: str | list[str]
+    value: str | list[str]
 
     @model_validator(mode="before")
     @classmethod
@@ -46,15 +46,12 @@ class LayerFormat(Section):
 
     @field_validator("key", "value")
     @classmethod
-    def _are_formats(cls, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        return _parsed(names) if isinstance(names, str) else tuple(map(_parsed, names))
+    def _are_formats(cls, names: str | list[str]) -> str | list[str]:
+        return _parsed(names) if isinstance(names, str) else [_parsed(name) for name in names]
 
     @model_serializer
     def _to_name(self) -> Any:
-        key, value = (
-            names if isinstance(names, str) else list(names) for names in (self.key, self.value)
-        )
-        return key if key == value else {"key": key, "value": value}
+        return self.key if self.key == self.value else {"key": self.key, "value": self.value}
 
 
 def _parsed(name: str) -> str:
