@@ -11,9 +11,11 @@ import typer
 from cqtool.cli import options
 from cqtool.cli.check_tables import (
     GENERATION_COLUMNS,
+    HEAD_COLUMNS,
     LAYER_COLUMNS,
     PAIRED_COLUMNS,
     generation_rows,
+    head_rows,
     layer_rows,
     paired_rows,
     quality_table,
@@ -150,6 +152,14 @@ def check(
             "matter. Two more passes over the text for each layer.",
         ),
     ] = False,
+    by_head: Annotated[
+        bool,
+        typer.Option(
+            "--by-head",
+            help="The same of the keys and values of each key/value head. Two more passes over the "
+            "text for each head of each layer.",
+        ),
+    ] = False,
     window: options.WindowOption = None,
     sinks: options.SinksOption = None,
     context: Annotated[
@@ -201,6 +211,7 @@ def check(
         window=window,
         sinks=sinks,
         by_layer=by_layer,
+        by_head=by_head,
         context=context,
         generation=_names(generation),
         tasks=_names(tasks),
@@ -256,6 +267,13 @@ def _print_tables(
     if report["by_layer"]:
         sink.table(LAYER_COLUMNS, layer_rows(report["by_layer"]))
         sink.text("Only these keys or values coded, all others exact; the costliest first.")
+    if report["by_head"]:
+        shown = head_rows(report["by_head"])
+        sink.table(HEAD_COLUMNS, shown)
+        sink.text(
+            f"Only these keys or values of one head coded, all others exact; the {len(shown)} "
+            f"costliest of {len(report['by_head'])}."
+        )
     for part, said_below in (
         (measured.generation, "Greedy answers over the cache"),
         (measured.tasks, "Tasks of lm-evaluation-harness over the cache"),

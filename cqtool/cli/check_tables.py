@@ -23,9 +23,13 @@ COLUMNS = [
 ]
 GENERATION_COLUMNS = ["task", "measure", "format", "items", "score", "difference"]
 LAYER_COLUMNS = ["layer", "of", "bits", "KL", "share"]
+HEAD_COLUMNS = ["layer", "head", "of", "bits", "KL", "share"]
 PAIRED_COLUMNS = ["against", "KL difference", "better in", "NLL difference"]
 WIDTH = 100
 """Columns of a terminal that a table should fit."""
+
+MOST_HEADS = 20
+"""Heads that a table shows: a model has hundreds, and the report names all."""
 
 _GAP = 2
 
@@ -126,6 +130,16 @@ def layer_rows(costs: Sequence[dict[str, Any]]) -> list[list[str]]:
         ]
         for one in sorted(costs, key=lambda one: -one["kl"])
     ]
+
+
+def head_rows(costs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The cells of :data:`HEAD_COLUMNS` of the costliest :data:`MOST_HEADS`; the share is of the
+    sum of all."""
+    costliest = sorted(costs, key=lambda one: -one["kl"])
+    return [
+        [layer, str(one["head"]), *cells]
+        for one, (layer, *cells) in zip(costliest, layer_rows(costs), strict=True)
+    ][:MOST_HEADS]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -87,6 +87,7 @@ def check(
             finished.keep(candidate, found[-1])
     rows = [one.row for one in found]
     by_layer = run.by_layer(known.checked) if settings.by_layer else ()
+    by_head = run.by_head(known.checked) if settings.by_head else ()
     for one in skipped:
         progress.note(f"{one.name} is left out: {one.reason}")
     parts = zip(run.full_scores, *((one.generation, one.tasks) for one in found), strict=True)
@@ -112,6 +113,7 @@ def check(
         paired=paired_with(rows[0], rows[1:], [*generated, *of_tasks]),
         skipped=tuple(skipped),
         by_layer=by_layer,
+        by_head=by_head,
     )
     path = report_path(calibration, report)
     if path is not None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from cqtool.quality.layers import LayerCost
+from cqtool.quality.layers import HeadCost, LayerCost
 from cqtool.quality.measure import WindowFigures
 from cqtool.quality.positions import PositionFigures, by_position
 from cqtool.quality.scores import Generation, HarnessScores, Score
@@ -133,6 +133,7 @@ class QualityReport:
     paired: tuple[Paired, ...]
     skipped: tuple[Skipped, ...]
     by_layer: tuple[LayerCost, ...] = ()
+    by_head: tuple[HeadCost, ...] = ()
 
     @property
     def passed(self) -> bool:

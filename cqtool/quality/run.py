@@ -11,7 +11,7 @@ from cqtool.progress import Progress, Task
 from cqtool.quality.candidates import Candidate
 from cqtool.quality.finished import FinishedRows, FullScores, Measured
 from cqtool.quality.harness import Harness
-from cqtool.quality.layers import LayerCost, layer_cost, only
+from cqtool.quality.layers import HeadCost, LayerCost, head_cost, layer_cost, only
 from cqtool.quality.measure import WindowFigures, add_window, quantized_logits
 from cqtool.quality.memory import memory_explained
 from cqtool.quality.reference import Reference
@@ -111,6 +111,22 @@ class Run:
             for layer, kind in parts:
                 figures = self._over_windows(only(format, layer, kind), task)
                 costs.append(layer_cost(format, layer, kind, figures.kl))
+        return tuple(costs)
+
+    def by_head(self, candidate: Candidate) -> tuple[HeadCost, ...]:
+        """What the keys and values of each key/value head cost alone."""
+        format, costs = candidate.make(), []
+        parts = [
+            (index, kind, head)
+            for index, shape in enumerate(format.geometry.layers)
+            for kind in KINDS
+            for head in range(shape.kv_heads)
+        ]
+        passes = len(parts) * self._settings.windows
+        with self._progress.task(f"{candidate.label} by head", total=passes) as task:
+            for layer, kind, head in parts:
+                figures = self._over_windows(only(format, layer, kind, head), task)
+                costs.append(head_cost(format, layer, kind, head, figures.kl))
         return tuple(costs)
 
     def full_row(self, checked: Row) -> Row:

@@ -33,6 +33,7 @@ class CheckSettings:
         window: replaces the calibration's window.
         sinks: replaces the calibration's sinks.
         by_layer: also measure each layer's keys and values alone.
+        by_head: also measure those of each key/value head alone.
         context: tokens that bits are also computed for, and that pass keys and the prompts that
             tasks make get as long as; None is `window_length`, and their usual lengths.
         generation: built-in tasks to answer besides, see :mod:`cqtool.quality.items`; ``all`` for
@@ -58,6 +59,7 @@ class CheckSettings:
     window: int | None = None
     sinks: int | None = None
     by_layer: bool = False
+    by_head: bool = False
     context: int | None = None
     generation: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
