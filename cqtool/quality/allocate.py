@@ -1,4 +1,4 @@
-"""Formats for single layers: a budget of bits spent where coding costs the most.
+"""Formats for single layers or heads: a budget of bits spent where coding costs the most.
 
 The costs of all parts (:mod:`cqtool.quality.costs`) are taken to add up, and bits are allocated by
 them as Shoham and Gersho do (1988). Bits are those that a codec stores: packed codes, and gains
@@ -17,11 +17,12 @@ import numpy as np
 
 from cqtool.codebooks.codes import code_bytes
 from cqtool.errors import RecipeError
+from cqtool.geometry import ModelGeometry
 from cqtool.quality.costs import Curve, Part
-from cqtool.spec import GAIN_BITS, KINDS, CQSpec, Gain
+from cqtool.spec import GAIN_BITS, KINDS, CQSpec, Gain, Kind
 
 CODES = ("cq-8c6b", "cq-8c8b", "cq-8c10b", "cq-4c8b", "cq-2c8b")
-"""What layers may get unless told otherwise: those that the kernels decode, 0.75 to 4 bits."""
+"""What layers and heads may get unless told otherwise: what the kernels decode, 0.75 to 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,16 @@ class Size:
     def rate(self, code: CQSpec) -> float:
         """The same a channel, as a codec's and a report's ``bits_per_channel`` are."""
         return self.bits(code) / self.channels
+
+
+def part_sizes(geometry: ModelGeometry, by_head: bool) -> dict[Part, Size]:
+    """The size of each layer's keys and values, or of those of each of its heads."""
+    return {
+        Part(index, kind, head): Size(1 if by_head else layer.kv_heads, layer.dim(kind))
+        for index, layer in enumerate(geometry.layers)
+        for kind in KINDS
+        for head in (range(layer.kv_heads) if by_head else (None,))
+    }
 
 
 def usable_codes(names: str | None, dims: Collection[int], gain: Gain = "none") -> list[CQSpec]:
@@ -118,7 +129,8 @@ def allocate(
             used //= unit
             if used <= budget:
                 row[used:] = least[: budget + 1 - used] + curve.kl(sizes[part].rate(code))
-        choices.append(rows.argmin(axis=0))
+        # Small numbers, since large models have thousands of heads.
+        choices.append(rows.argmin(axis=0).astype(np.int16))
         least = rows.min(axis=0)
     chosen: dict[Part, CQSpec] = {}
     for part, choice in zip(reversed(list(costs)), reversed(choices), strict=True):
@@ -137,20 +149,31 @@ def modelled_kl(
 def recipe_fields(chosen: Mapping[Part, CQSpec]) -> dict[str, Any]:
     """The fields `format` and `layers` of a recipe that say the same.
 
-    `format` is what most layers have, and `layers` the others, neighbours with the same together.
+    `format` is what most layers have (most heads, where parts are heads), and `layers` the others,
+    neighbours with the same together. Where the heads of a layer differ, a list names the code of
+    each.
     """
-    count = 1 + max(layer for layer, _ in chosen)
-    pairs = [tuple(chosen[layer, kind].name for kind in KINDS) for layer in range(count)]
+    heads: dict[tuple[int, Kind], list[str]] = {}
+    for part in sorted(chosen, key=lambda part: (part.layer, part.head or 0)):
+        heads.setdefault((part.layer, part.kind), []).append(chosen[part].name)
+    count = 1 + max(part.layer for part in chosen)
+    layers = [tuple(heads[layer, kind] for kind in KINDS) for layer in range(count)]
+    pairs = [pair for layer in layers for pair in zip(*layer, strict=True)]
     most = max(sorted(set(pairs)), key=pairs.count)
-    layers: dict[str, Any] = {}
-    for pair, run in groupby(range(count), key=pairs.__getitem__):
+    written = [_written(*map(_names, layer)) for layer in layers]
+    own: dict[str, Any] = {}
+    for name, run in groupby(range(count), key=written.__getitem__):
         indices = list(run)
-        if pair != most:
+        if name != _written(*most):
             place = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0])
-            layers[place] = _written(pair)
-    return {"format": _written(most), "layers": layers}
+            own[place] = name
+    return {"format": _written(*most), "layers": own}
 
 
-def _written(pair: tuple[str, ...]) -> Any:
-    key, value = pair
+def _names(codes: Sequence[str]) -> str | list[str]:
+    """Of the heads of a layer: a single name where they have the same code."""
+    return codes[0] if len(set(codes)) == 1 else list(codes)
+
+
+def _written(key: str | list[str], value: str | list[str]) -> Any:
     return key if key == value else {"key": key, "value": value}

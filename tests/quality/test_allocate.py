@@ -26,7 +26,7 @@ from cqtool.quality.allocate import (
 )
 from cqtool.quality.costs import PER_BIT, Curve, Part, measured_costs
 from cqtool.recipe import load_recipe
-from cqtool.spec import CQSpec
+from cqtool.spec import KINDS, CQSpec
 from tests.synthetic_artifact import LAYERS, edit_json, write_calibration
 
 KL = (0.01, 0.3, 0.02, 0.02)
@@ -41,9 +41,7 @@ CODES = [CQSpec.parse(name) for name in ("cq-8c6b", "cq-8c8b", "cq-4c8b")]
 
 
 def _parts(*kl: float) -> dict[Part, Curve]:
-    places: list[Part] = [
-        (layer, "key" if i == 0 else "value") for layer in range(4) for i in (0, 1)
-    ]
+    places = [Part(layer, kind) for layer in range(4) for kind in KINDS]
     return {part: Curve(((1.0, one),)) for part, one in zip(places, kl, strict=False)}
 
 
@@ -204,14 +202,14 @@ def test_the_fields_name_only_what_differs_neighbours_together() -> None:
     names = [(low, low), (low, high), (low, high), *[(low, low)] * 2, (middle, middle)]
     chosen: dict[Part, CQSpec] = {}
     for layer, (key, value) in enumerate(names):
-        chosen[layer, "key"], chosen[layer, "value"] = key, value
+        chosen[Part(layer, "key")], chosen[Part(layer, "value")] = key, value
     fields = recipe_fields(chosen)
     assert fields == {
         "format": "cq-8c6b",
         "layers": {"1-2": {"key": "cq-8c6b", "value": "cq-4c8b"}, "5": "cq-8c8b"},
     }
     spec = load_recipe("cq-8c8b", fields).spec
-    for (layer, kind), code in chosen.items():
+    for (layer, kind, _), code in chosen.items():
         assert [one.name for one in spec.codes_of(layer, kind)] == [code.name]
 
 
@@ -223,7 +221,7 @@ def calibration(tmp_path: Path) -> Path:
     (folder / "cq_config.json").write_text(json.dumps(config))
     rows = [
         {"layer": layer, "kind": kind, "bits_per_channel": 0.625, "kl": kl, "kl_se": None}
-        for (layer, kind), kl in zip(_parts(*KL), KL, strict=True)
+        for (layer, kind, _), kl in zip(_parts(*KL), KL, strict=True)
         if layer < LAYERS
     ]
     (folder / "reports").mkdir(exist_ok=True)
@@ -371,7 +369,7 @@ def test_a_damaged_report_is_refused(
     place.update(change)
     report.write_text(json.dumps(values))
     said = _refused(calibration, "--bits", "1")
-    assert sentence in said and "Run `cqtool check` with --by-layer." in said
+    assert sentence in said and "Run `cqtool check` with --by-layer or --by-head." in said
 
 
 def test_costs_below_nothing_and_below_their_error(calibration: Path) -> None:
@@ -451,5 +449,5 @@ def test_the_demo_model_s_recipes_have_the_bits_that_the_measured_costs_give(bit
     codes = [CQSpec.parse(name) for name in USUAL_CODES]
     chosen = allocate(costs, dict.fromkeys(costs, Size(3, 64)), codes, bits)
     spec = load_recipe(f"smollm2-135m-{bits:g}bit").spec
-    for (layer, kind), code in chosen.items():
+    for (layer, kind, _), code in chosen.items():
         assert [one.name for one in spec.codes_of(layer, kind)] == [code.name]
