@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from cqtool.cache.attention import Switch
-from cqtool.cache.codec import CQCodec
+from cqtool.cache.codec import CQCodec, HeadsCodec, TokenCodec
 from cqtool.cache.format import CacheFormat
-from cqtool.cache.fused import FusedLayer
+from cqtool.cache.heads import ATTENDING, HeadsLayer, fused_layer
 from cqtool.cache.joining import check_alike, check_counts, join_layers, join_rows
 from cqtool.cache.layer import CQLayer
 from cqtool.cache.layer_kernels import unsupported
@@ -73,14 +73,14 @@ class CQCache(Cache):
         fused = _fusable_layers(format, model, implementation)
         sources = {layer.rotation.source for layer in format.geometry.layers} - {None}
         self._rotary = {source: RotaryHistory() for source in sources}
-        layers: list[CQLayer] = []
+        layers: list[CQLayer | HeadsLayer] = []
         for index, (geometry, codecs) in enumerate(
             zip(format.geometry.layers, format.layers, strict=True)
         ):
             rotary = self._rotary.get(geometry.rotation.source)
             shared = (format.window, self._sinks, rotary, self._tap)
             layers.append(
-                FusedLayer(index, geometry, codecs, *shared, self.state, max_cache_len)
+                fused_layer(index, geometry, codecs, *shared, self.state, max_cache_len)
                 if index in fused
                 else CQLayer(index, geometry, codecs, *shared)
             )
@@ -192,6 +192,8 @@ class CQCache(Cache):
         length = first.get_seq_length()
         if any(c.format is not first.format or c.get_seq_length() != length for c in others):
             raise ValueError("join takes caches of one format object and the same length.")
+        if any(cache.implementation != first.implementation for cache in others):
+            raise ValueError("join takes caches of one implementation.")
         layers = list(zip(*(cache._cq_layers for cache in caches), strict=True))
         shared = [[cache._sinks.map_batch for cache in caches]]
         shared += [[c._rotary[source].map_batch for c in caches] for source in first._rotary]
@@ -212,7 +214,11 @@ class CQCache(Cache):
 
     @property
     def _cq_layers(self) -> list[CQLayer]:
-        return [layer for layer in self.layers if isinstance(layer, CQLayer)]
+        """All that tokens are stored in: a layer whose heads have codes of their own is several."""
+        parts = (
+            layer.parts if isinstance(layer, HeadsLayer) else (layer,) for layer in self.layers
+        )
+        return [part for each in parts for part in each if isinstance(part, CQLayer)]
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         self._sinks.map_batch(change)
@@ -222,7 +228,7 @@ class CQCache(Cache):
     @property
     def implementation(self) -> str:
         """``fused``, ``reference``, or how many of the layers are fused."""
-        fused = sum(isinstance(layer, FusedLayer) for layer in self.layers)
+        fused = sum(isinstance(layer, ATTENDING) for layer in self.layers)
         if fused in (0, len(self.layers)):
             return "fused" if fused else "reference"
         return f"fused in {fused} of {len(self.layers)} layers"
@@ -245,7 +251,7 @@ def _fusable_layers(
 ) -> set[int]:
     """The layers that attend to codes; says why where none can."""
     on_gpu = model.device.type == "cuda"
-    coupled = any(type(c) is CQCodec for each in format.layers for c in (each.key, each.value))
+    coupled = any(_is_coupled(c) for each in format.layers for c in (each.key, each.value))
     wanted = implementation == "fused" or (implementation == "auto" and on_gpu and coupled)
     if not wanted:
         return set()
@@ -270,3 +276,8 @@ def _fusable_layers(
         )
     warn_fallback(reason)
     return set()
+
+
+def _is_coupled(codec: TokenCodec) -> bool:
+    parts = codec.parts if isinstance(codec, HeadsCodec) else (codec,)
+    return any(type(part) is CQCodec for part in parts)

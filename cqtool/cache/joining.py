@@ -19,12 +19,10 @@ def check_alike(layers: Sequence[CQLayer]) -> None:
     """Make sure that one layer's states in several caches can be joined.
 
     Raises:
-        ValueError: they hold other columns, or hold them in another way.
+        ValueError: they hold other columns.
     """
     first, *others = layers
     for other in others:
-        if type(first) is not type(other):
-            raise ValueError("join takes caches of one implementation.")
         if _columns(first) != _columns(other):
             raise ValueError(
                 "join takes caches with the same history; these were cropped at other places."

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cqtool.cache.codec import CQCodec
 from cqtool.cache.format import LayerCodecs
+from cqtool.cache.head_parts import head_parts
 from cqtool.geometry import LayerGeometry
 from cqtool.kernels.decode.config import DecodeCase, Pairing, choose
 from cqtool.kernels.decode.tables import LayerTables, RopeTable, key_plans
@@ -32,6 +33,20 @@ def unsupported(
         query_heads: heads that read each token.
         capability: of the GPU, None for the torch reference on a CPU.
     """
+    readers = query_heads // geometry.kv_heads
+    reasons = (
+        _part_unsupported(part.geometry, part.codecs, readers, capability)
+        for part in head_parts(geometry, codecs)
+    )
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _part_unsupported(
+    geometry: LayerGeometry,
+    codecs: LayerCodecs,
+    readers: int,
+    capability: tuple[int, int] | None,
+) -> str | None:
     formats = []
     for codec, dim in ((codecs.key, geometry.key_dim), (codecs.value, geometry.value_dim)):
         if type(codec) is not CQCodec:
@@ -51,7 +66,7 @@ def unsupported(
     key, value = formats
     pairing = _pairing(geometry, codecs, key)
     major, minor = capability
-    for rows in (query_heads // geometry.kv_heads, 8):
+    for rows in (readers, 8):
         case = DecodeCase(
             key.head_dim,
             value.head_dim,
