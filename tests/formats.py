@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,6 +10,7 @@ from transformers import DynamicCache
 from zoo import random_ids
 
 from cqtool.cache import CacheFormat, CQCodec, LayerCodecs
+from cqtool.cache.codec import HeadsCodec
 from cqtool.codebooks.grouping import rope_pairs
 from cqtool.models.probe import read_geometry
 from cqtool.models.rotation import unrotate
@@ -122,6 +124,29 @@ def in_metrics(format: CacheFormat, seed=0) -> CacheFormat:
 
     layers = (LayerCodecs(codec(each.key), codec(each.value)) for each in format.layers)
     return replace(format, layers=tuple(layers))
+
+
+def by_head(sources: Sequence[Sequence[CacheFormat]]) -> CacheFormat:
+    """A format whose heads have codes of their own: those of ``sources[layer][head]``."""
+
+    def codec(layer, name):
+        parts = []
+        for head, source in enumerate(sources[layer]):
+            whole = getattr(source.layers[layer], name)
+            own = (whole.codebook, whole.channels, whole.metric, whole.feedback, whole.gains)
+            parts.append(CQCodec(*(None if x is None else x[head : head + 1] for x in own)))
+        return HeadsCodec(parts)
+
+    layers = (LayerCodecs(codec(i, "key"), codec(i, "value")) for i in range(len(sources)))
+    return replace(sources[0][0], name="by-head", layers=tuple(layers))
+
+
+def by_head_format(model, **options) -> CacheFormat:
+    """Two layers of three heads: heads 0 and 2 of the first share a code, and 0 and 1 of the
+    second; options as of :func:`kernel_format`."""
+    a = kernel_format(model, key=(8, 8), value=(8, 8), **options)
+    b = kernel_format(model, key=(4, 8), value=(8, 6), **options)
+    return by_head([[a, b, a], [b, b, a]])
 
 
 def exact_format(recorded: RecordingCache, *, window=0, sinks=0) -> CacheFormat:

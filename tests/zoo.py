@@ -111,6 +111,7 @@ CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "bloom": lambda: tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=3, n_head=4),
     "gpt-bigcode": lambda: tf.GPTBigCodeConfig(**_GPT, n_positions=512, multi_query=True),
 }
+_THREE_HEADS = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
 _WIDE = {**_LLAMA, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 _WIDE_MHA = {**_WIDE, "num_key_value_heads": 2}
 _WIDE_GPT = {**_GPT, "n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 512}
@@ -126,6 +127,7 @@ WIDE: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "wide-llama-80": lambda: _wide(head_dim=80),
     "wide-llama-128": lambda: _wide(head_dim=128, num_key_value_heads=4),
     "wide-llama-mqa": lambda: _wide(num_key_value_heads=1),
+    "wide-llama-gqa": lambda: _wide(**_THREE_HEADS),
     "wide-llama3-rope": lambda: _wide(
         rope_parameters=_rope(
             "llama3",
@@ -143,6 +145,11 @@ WIDE: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     ),
     "wide-mistral": lambda: tf.MistralConfig(
         **{**_LLAMA, "num_hidden_layers": 2}, head_dim=64, sliding_window=16
+    ),
+    "wide-mistral-gqa": lambda: tf.MistralConfig(
+        **{**_LLAMA, "num_hidden_layers": 2, **_THREE_HEADS},
+        head_dim=64,
+        sliding_window=16,
     ),
     "wide-qwen2": lambda: tf.Qwen2Config(**{**_WIDE, "num_key_value_heads": 1}),
     "wide-qwen3": lambda: tf.Qwen3Config(**_LLAMA, head_dim=64),
