@@ -260,10 +260,15 @@ class CacheSpec:
             yield from ((f"{kind}.heads.{head}", code, head) for head, code in enumerate(codes))
 
     def parts(self, layer: int, kv_heads: int) -> dict[CacheSpec, tuple[int, ...]]:
-        """The formats of a layer's heads, and which heads have each: what kernels take at once."""
+        """The formats of a layer's heads, and which heads have each: what kernels take at once.
+
+        Which channels form groups makes no difference to that, so the formats leave it out.
+        """
         heads: dict[CacheSpec, tuple[int, ...]] = {}
         for head in range(kv_heads):
-            own = self.of_head(layer, head)
+            found = self.of_head(layer, head)
+            key, value = (replace(found.code(kind), grouping="contiguous") for kind in KINDS)
+            own = replace(found, key=key, value=value)
             heads[own] = (*heads.get(own, ()), head)
         return heads
 

@@ -102,11 +102,16 @@ def artifact_variants(
 def _rows(
     config: CQConfig, channels: Channels, layer: int, kind: Kind, heads: Sequence[int]
 ) -> _Heads | None:
-    """The channels of groups of some heads of a layer, None for contiguous groups."""
+    """The channels of groups of some heads of a layer, None where all groups are contiguous."""
+    shape = config.geometry.layers[layer]
+    contiguous = tuple(range(shape.dim(kind)))
     rows: list[tuple[int, ...]] = []
-    for owner, _, _ in config.cache.owners(layer, kind):
-        rows += channels.get(channels_name(owner_name(layer, owner)), ())
-    return tuple(rows[head] for head in heads) if rows else None
+    chosen = False
+    for owner, _, head in config.cache.owners(layer, kind):
+        own = channels.get(channels_name(owner_name(layer, owner)))
+        chosen |= own is not None
+        rows += own or [contiguous] * (shape.kv_heads if head is None else 1)
+    return tuple(rows[head] for head in heads) if chosen else None
 
 
 def unsupported(config: CQConfig) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,9 @@ from synthetic_artifact import config, edit_json
 
 from cqtool.artifact import runtime_kernels
 from cqtool.artifact.runtime_kernels import artifact_variants, compile_kernels, unsupported
+from cqtool.cache.head_parts import head_parts
+from cqtool.cache.layer_kernels import LayerKernels
+from cqtool.cache.loading import CodecTables, make_codecs
 from cqtool.codebooks.grouping import choose_groups
 from cqtool.geometry import NO_ROTATION
 from cqtool.kernels.decode.config import DecodeCase, choose
@@ -25,6 +29,7 @@ from cqtool.kernels.encode import op as encode_op
 from cqtool.kernels.encode.config import EncodeCase, encode_variant
 from cqtool.kernels.layout import CodeFormat, plan_keys
 from cqtool.kernels.variants import ARCHITECTURES, Variant
+from cqtool.layout.codebook_file import Channels
 from cqtool.layout.config import CQConfig, read_config
 from cqtool.spec import LayerCodes
 
@@ -79,6 +84,79 @@ def test_layers_with_codes_of_their_own_get_their_kernels(tmp_path: Path) -> Non
     assert pairs == {(8, 8), (8, 4), (4, 4)}
     coded = {each["CHANNELS"] for each in defines(artifact_variants(mixed, "sm_90"), "encode")}
     assert coded == {4, 8}
+
+
+def asked_for(config: CQConfig, channels: Channels, base: float) -> set[Variant]:
+    """What a fused cache of an artifact in bfloat16 loads, by the tables that it makes."""
+
+    def tables(layer: int, owner: str) -> CodecTables:
+        name = f"layers.{layer}.{owner}"
+        codebook = torch.randn(config.codebook_shapes[f"{name}.codebook"])
+        rows = channels.get(f"{name}.channels")
+        return codebook, None if rows is None else torch.tensor(rows), {}
+
+    asked: set[Variant] = set()
+    codecs = make_codecs(config.cache, config.geometry, tables)
+    for geometry, own in zip(config.geometry.layers, codecs, strict=True):
+        readers = config.geometry.query_heads // geometry.kv_heads
+        for part in head_parts(geometry, own):
+            kernels = LayerKernels(part.geometry, part.codecs)
+            made = kernels.tables
+            key, value = made.key_format, made.value_format
+            slow = made.rope(base ** (-torch.arange(0, 64, 2) / 64)).slow
+            for tokens in range(1, 9):
+                case = DecodeCase(
+                    64, 64, key.channels, key.bits, value.channels, value.bits,
+                    readers * tokens, made.pairing, True, slow, "bfloat16",
+                )  # fmt: skip
+                launch = choose(case, 90)
+                assert launch is not None
+                asked |= {variant for _, variant in variants(launch)}
+                asked.add(Variant("decode/finish.cu", launch.finish_defines()))
+            for kind, encoder in kernels.encoders.items():
+                format, is_key = encoder.format, kind == "key"
+                for flat, tiles in ((False, 4), (True, 1), (True, 4)):
+                    encode = EncodeCase(
+                        64, format.channels, format.bits, "bfloat16", is_key, flat, tiles,
+                        vector=encoder._neighbours, unrotate=is_key,
+                    )  # fmt: skip
+                    asked.add(encode_variant(encode))
+    return asked
+
+
+@pytest.mark.parametrize("groups", ["contiguous", "chosen", "some chosen"])
+def test_heads_with_codes_of_their_own_get_the_kernels_that_their_cache_asks_for(
+    tmp_path: Path, groups: str
+) -> None:
+    plain = config_of(tmp_path, rotations=({"style": "half"},) * 3)
+    a, b = plain.cache.key, replace(plain.cache.key, channels=4)
+    c = replace(a, bits=6)
+    if groups != "contiguous":
+        a, b = (replace(code, grouping="correlation") for code in (a, b))
+    if groups == "chosen":
+        c = replace(c, grouping="correlation")
+    # Of the same code, but for the channels of its groups.
+    d = replace(a, grouping="contiguous") if groups == "some chosen" else a
+    layers = (LayerCodes(0, 0, (a, b, d), c), LayerCodes(2, 2, (b, b, c), (c, d, a)))
+    mixed = replace(plain, cache=replace(plain.cache, layers=layers))
+    draw = random.Random(0)
+    channels = {
+        name: tuple(tuple(draw.sample(range(dim), dim)) for _ in range(heads))
+        for name, (heads, dim) in mixed.channels_shapes.items()
+    }
+    shipped = artifact_variants(mixed, "sm_90", channels)
+    asked = set().union(*(asked_for(mixed, channels, base) for base in (1e4, 5e5)))
+    assert asked == {each for each in shipped if dict(each.defines)["DTYPE"] == 1}
+    decode = defines(shipped, "decode")
+    assert {
+        (d["KEY_CHANNELS"], d["KEY_BITS"], d["VALUE_CHANNELS"], d["VALUE_BITS"]) for d in decode
+    } == {
+        (8, 8, 8, 6),
+        (4, 8, 8, 6),
+        (8, 8, 8, 8),
+        (4, 8, 8, 8),
+        (8, 6, 8, 8),
+    }
 
 
 def test_one_decode_kernel_for_each_block_of_query_rows_and_dtype(tmp_path: Path) -> None:
