@@ -141,11 +141,13 @@ def by_head(sources: Sequence[Sequence[CacheFormat]]) -> CacheFormat:
     return replace(sources[0][0], name="by-head", layers=tuple(layers))
 
 
-def by_head_format(model, **options) -> CacheFormat:
+def by_head_format(model, *, keys=None, **options) -> CacheFormat:
     """Two layers of three heads: heads 0 and 2 of the first share a code, and 0 and 1 of the
-    second; options as of :func:`kernel_format`."""
+    second; `keys` as of :func:`regrouped`, other options as of :func:`kernel_format`."""
     a = kernel_format(model, key=(8, 8), value=(8, 8), **options)
     b = kernel_format(model, key=(4, 8), value=(8, 6), **options)
+    if keys is not None:
+        a, b = regrouped(a, keys), regrouped(b, keys)
     return by_head([[a, b, a], [b, b, a]])
 
 

@@ -209,11 +209,15 @@ def test_heads_with_the_same_code_are_the_plain_layer_to_the_last_bit(keys):
     assert all(type(layer) is FusedLayer for layer in caches[1].layers)
 
 
-def test_heads_apart_in_keys_alone_keep_the_values_code(attended):
+@pytest.mark.parametrize("apart", ["key", "value"])
+def test_heads_apart_in_keys_or_values_alone(apart, attended):
     model, ids = tiny("wide-llama-gqa"), random_ids(1, 30)
     format = by_head_format(model, window=2)
-    values = kernel_format(model, value=(8, 10)).layers
-    layers = (LayerCodecs(a.key, b.value) for a, b in zip(format.layers, values, strict=True))
+    whole = kernel_format(model, key=(8, 10), value=(8, 10)).layers
+    layers = (
+        LayerCodecs(own.key, one.value) if apart == "key" else LayerCodecs(one.key, own.value)
+        for own, one in zip(format.layers, whole, strict=True)
+    )
     mixed = replace(format, layers=tuple(layers))
     same(model, mixed, lambda cache: feed(model, cache, ids, [20, *[1] * 6]))
     assert len(attended) == 6 * 4

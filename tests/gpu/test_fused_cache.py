@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import transformers as tf
-from formats import kernel_format, regrouped
+from formats import by_head_format, kernel_format, regrouped
 from transformers import DynamicCache
 from zoo import random_ids, tiny
 
@@ -64,9 +65,9 @@ def run(model, format, implementation, ids, sizes, mask):
     return cache, torch.cat(logits[1:], dim=1)
 
 
-def check(name, dtype, sizes, *, padding=5, keys=None, **options):
+def check(name, dtype, sizes, *, padding=5, keys=None, make=kernel_format, **options):
     model = tiny(name, dtype=dtype).cuda()
-    format = kernel_format(tiny(name), **options)
+    format = make(tiny(name), **options)
     if keys is not None:
         format = regrouped(format, keys)
     format = format.to(torch.device("cuda"))
@@ -160,9 +161,24 @@ def test_groups_of_any_channels_of_each_head(name, key, keys, pairing, dtype, at
     assert len(attended) == 22 * len(cache.layers)
 
 
-def test_generation_beams_and_drafts_run_through():
-    model = tiny("wide-qwen3", dtype=torch.bfloat16).cuda()
-    format = kernel_format(tiny("wide-qwen3"), window=6, sinks=2).to(torch.device("cuda"))
+@pytest.mark.parametrize("keys", [None, "random", "pairs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["wide-llama-gqa", "wide-mistral-gqa"])
+def test_heads_with_codes_of_their_own(name, dtype, keys, attended):
+    sizes = [70, *[1] * 20, 4, 8, 30, *[1] * 20]
+    make = partial(by_head_format, keys=keys)
+    cache = check(name, dtype, sizes, make=make, window=7, sinks=2)
+    assert [len(layer.parts) for layer in cache.layers] == [2, 2]
+    # In the pass over 30 tokens everything is decoded.
+    assert len(attended) == 42 * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("wide-qwen3", kernel_format), ("wide-llama-gqa", by_head_format)]
+)
+def test_generation_beams_and_drafts_run_through(name, make):
+    model = tiny(name, dtype=torch.bfloat16).cuda()
+    format = make(tiny(name), window=6, sinks=2).to(torch.device("cuda"))
     prompt = random_ids(1, 12).repeat(2, 2).cuda()
     mask = torch.ones_like(prompt)
     mask[1, :4] = 0
@@ -180,9 +196,12 @@ def test_generation_beams_and_drafts_run_through():
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(6, 2), (0, 0)])
-def test_a_step_over_one_token_does_not_wait_for_the_gpu_in_the_cache(window, sinks):
-    model = tiny("wide-mistral", dtype=torch.float16).cuda()
-    format = kernel_format(tiny("wide-mistral"), window=window, sinks=sinks)
+@pytest.mark.parametrize(
+    ("name", "make"), [("wide-mistral", kernel_format), ("wide-mistral-gqa", by_head_format)]
+)
+def test_a_step_over_one_token_does_not_wait_for_the_gpu_in_the_cache(name, make, window, sinks):
+    model = tiny(name, dtype=torch.float16).cuda()
+    format = make(tiny(name), window=window, sinks=sinks)
     cache = CQCache(format.to(torch.device("cuda")), model)
     ids = random_ids(2, 200).cuda()
     with torch.no_grad():
@@ -190,11 +209,12 @@ def test_a_step_over_one_token_does_not_wait_for_the_gpu_in_the_cache(window, si
         for token in ids[:, 50:53].split(1, dim=1):
             model(input_ids=token, past_key_values=cache)
         layer = cache.layers[0]
-        keys = torch.randn(2, 2, 1, 64, dtype=torch.float16, device="cuda")
-        query = torch.randn(2, 4, 1, 64, dtype=torch.float16, device="cuda")
+        heads = format.geometry.layers[0].kv_heads
+        keys = torch.randn(2, heads, 1, 64, dtype=torch.float16, device="cuda")
+        query = torch.randn(2, 2 * heads, 1, 64, dtype=torch.float16, device="cuda")
         # The model's own part of a pass may wait; what the cache does in it must not.
         cache.state.running = True
-        step = layer.tap.steps[0]
+        step = cache._tap.steps[0]
         for _ in range(30):
             step.positions = step.positions + 1
             torch.cuda.set_sync_debug_mode("error")
