@@ -18,6 +18,8 @@ OBJECTIVES: dict[str, str] = {
 }
 """What k-means made small, by :data:`cqtool.spec.Objective`, for people."""
 
+LAYER_COLUMNS = ("Code", "Bits per channel", "Keys of layers", "Values of layers")
+
 
 class Kept(Protocol):
     """How many of the first and of the newest tokens stay as they are."""
@@ -44,18 +46,17 @@ def format_section(config: CQConfig) -> Iterator[str]:
         ]
     )
     if cache.layers:
-        by_head = any(len(own.codes(kind)) > 1 for own in cache.layers for kind in KINDS)
-        differ = (
-            "Layers, and heads of a layer, counted from 0, differ"
-            if by_head
-            else ("Layers, counted from 0, differ")
-        )
+        who = "Layers, and heads of a layer," if by_head(cache) else "Layers,"
         yield (
-            f"{differ} in their codes. The name "
-            f"{cache.key.name} stands for {cache.key.channels} channels in a code of "
-            f"{cache.key.bits} bits:"
+            f"{who} counted from 0, differ in their codes. The name {cache.key.name} stands for "
+            f"{cache.key.channels} channels in a code of {cache.key.bits} bits:"
         )
-        yield _layer_table(config)
+        yield table(list(LAYER_COLUMNS), layer_rows(config))
+
+
+def by_head(cache: CacheSpec) -> bool:
+    """Whether heads of some layer have codes of their own."""
+    return any(len(own.codes(kind)) > 1 for own in cache.layers for kind in KINDS)
 
 
 def kept_tokens(kept: Kept) -> str:
@@ -92,22 +93,19 @@ def _code(cache: CacheSpec, code: CQSpec) -> str:
     )
 
 
-def _layer_table(config: CQConfig) -> str:
-    """A line for every code: its name, its bits, and the layers of each kind that have it, or the
-    heads of layers whose heads differ."""
+def layer_rows(config: CQConfig) -> list[list[str]]:
+    """A row for every code: its name, its bits, and the layers of each kind that have it, or the
+    heads of layers whose heads differ; below :data:`LAYER_COLUMNS`."""
     cache, layers = config.cache, range(len(config.geometry.layers))
     codes = {code.name: code for i in layers for kind in KINDS for code in cache.codes_of(i, kind)}
-    return table(
-        ["Code", "Bits per channel", "Keys of layers", "Values of layers"],
+    return [
         [
-            [
-                name,
-                number(code.bits_per_channel),
-                *(_places([cache.codes_of(i, kind) for i in layers], name) for kind in KINDS),
-            ]
-            for name, code in sorted(codes.items(), key=lambda one: one[1].bits_per_channel)
-        ],
-    )
+            name,
+            number(code.bits_per_channel),
+            *(_places([cache.codes_of(i, kind) for i in layers], name) for kind in KINDS),
+        ]
+        for name, code in sorted(codes.items(), key=lambda one: one[1].bits_per_channel)
+    ]
 
 
 def _places(layers: Sequence[tuple[CQSpec, ...]], name: str) -> str:

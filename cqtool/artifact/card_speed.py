@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from cqtool.artifact.card_commands import speed_command
 from cqtool.artifact.card_content import CardContent
-from cqtool.artifact.card_format import kept_tokens
+from cqtool.artifact.card_format import by_head, kept_tokens
 from cqtool.artifact.markdown import number, one_line, plain, size, table
 from cqtool.artifact.speed import DecodeRow, Generation, GenerationRow, SpeedReport, Timing
 
@@ -32,6 +32,11 @@ def speed_section(content: CardContent) -> Iterator[str]:
             "bits by the fastest of the other kernels in the same run:"
         )
         yield _decode_table(speed.decode)
+        if by_head(content.config.cache):
+            yield (
+                "Where heads of a layer differ in their codes, a row stands for a layer all of "
+                "whose heads have the codes of that row."
+            )
         layers = content.config.geometry.layers
         windows = [layer.sliding_window for layer in layers if layer.sliding_window is not None]
         if windows and max(windows) < max(row.tokens for row in speed.decode):

@@ -14,8 +14,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from cqtool.bench.formats import BenchFormat
+from cqtool.bench.formats import BenchFormat, Books
 from cqtool.cache import CacheFormat, CQCache, CQCodec, LayerCodecs
+from cqtool.cache.codec import HeadsCodec
 from cqtool.models.probe import read_geometry
 
 
@@ -125,11 +126,24 @@ def bind(format: BenchFormat, model: PreTrainedModel, seed: int) -> CacheFormat:
     layers = []
     for index, layer in enumerate(geometry.layers):
         heads, dim = layer.kv_heads, layer.key_dim
-        books = format.layer_codebooks(index, heads, dim, generator)
+        books: tuple[Books, Books] = (
+            format.codebooks[index]
+            if format.codebooks is not None
+            else format.layer_codebooks(index, heads, dim, generator)
+        )
         orders = format.layer_channels(index, heads, dim, layer.rotation, seed)
-        layers.append(LayerCodecs(*map(CQCodec, books, orders)))
+        codecs = (_codec(*both, model.device) for both in zip(books, orders, strict=True))
+        layers.append(LayerCodecs(*codecs))
     spec = format.spec
     return CacheFormat(format.name, geometry, tuple(layers), spec.window, spec.sinks)
+
+
+def _codec(books: Books, order: torch.Tensor | None, device: torch.device) -> CQCodec | HeadsCodec:
+    if isinstance(books, torch.Tensor):
+        return CQCodec(books.to(device), order)
+    orders = [None] * len(books) if order is None else order.split(1)
+    parts = zip(books, orders, strict=True)
+    return HeadsCodec([CQCodec(book.to(device), own) for book, own in parts])
 
 
 class CQMaker:

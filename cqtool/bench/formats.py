@@ -15,6 +15,10 @@ from cqtool.errors import ArtifactError, RecipeError
 from cqtool.geometry import NO_ROTATION, KeyRotation, ModelGeometry
 from cqtool.spec import KINDS, PAIRED_GROUPINGS, CacheSpec, CQSpec, Grouping, Kind
 
+Books = Tensor | tuple[Tensor, ...]
+"""Codebooks ``[kv_heads, groups, centroids, channels]`` of a layer's keys or values, or where its
+heads have codes of their own, those of each: ``[1, groups, centroids, channels]``."""
+
 
 @dataclass(frozen=True)
 class BenchFormat:
@@ -22,8 +26,7 @@ class BenchFormat:
 
     Attributes:
         spec: codes, window and sinks.
-        codebooks: per layer the key and value codebook ``[kv_heads, groups, centroids, channels]``,
-            float16 on the CPU; None for random ones.
+        codebooks: per layer those of keys and of values, float16 on the CPU; None for random ones.
         geometry: of the artifact's cache, None for random codebooks.
         source: the artifact, None for random codebooks.
         channels: per layer the channels of the key and value groups ``[kv_heads, head_dim]``, each
@@ -31,7 +34,7 @@ class BenchFormat:
     """
 
     spec: CacheSpec
-    codebooks: tuple[tuple[Tensor, Tensor], ...] | None = None
+    codebooks: tuple[tuple[Books, Books], ...] | None = None
     geometry: ModelGeometry | None = None
     source: str | None = None
     channels: tuple[tuple[Tensor | None, Tensor | None], ...] | None = None
@@ -49,15 +52,17 @@ class BenchFormat:
     def layer_codebooks(
         self, layer: int, kv_heads: int, head_dim: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Key and value codebook of a layer, on the generator's device.
+        """Key and value codebook of a layer whose heads have the same codes, on the generator's
+        device.
 
         Random centroids are normal with variance one, which is about how keys and values of a model
         with random weights are distributed.
         """
         device = generator.device
         if self.codebooks is not None:
-            key, value = self.codebooks[layer]
-            return key.to(device), value.to(device)
+            own_key, own_value = self.codebooks[layer]
+            assert isinstance(own_key, Tensor) and isinstance(own_value, Tensor)
+            return own_key.to(device), own_value.to(device)
         key, value = (
             torch.randn(
                 kv_heads,
@@ -97,25 +102,52 @@ class BenchFormat:
 
     @property
     def of_each_code(self) -> list[BenchFormat]:
-        """A format of one layer for each code: itself, but where layers have codes of their own."""
-        if not self.spec.layers or self.codebooks is None:
-            return [self]
-        first: dict[CacheSpec, int] = {}
-        for layer in range(len(self.codebooks)):
-            first.setdefault(self.spec.of_head(layer, 0), layer)
-        return [self._only(layer, spec) for spec, layer in first.items()]
+        """A format of one layer for each pair of codes: itself, but where layers have codes of
+        their own.
 
-    def _only(self, layer: int, spec: CacheSpec) -> BenchFormat:
+        Each has the codebooks of the first layer with such heads. Where only some heads of that
+        layer have the pair, theirs are repeated for all heads of the layer: what is timed is a
+        whole layer of the one pair, which the artifact then does not hold as such.
+        """
+        if not self.spec.layers or self.geometry is None:
+            return [self]
+        first: dict[CacheSpec, tuple[int, tuple[int, ...]]] = {}
+        for index, layer in enumerate(self.geometry.layers):
+            for spec, heads in self.spec.parts(index, layer.kv_heads).items():
+                first.setdefault(spec, (index, heads))
+        return [self._only(layer, heads, spec) for spec, (layer, heads) in first.items()]
+
+    def _only(self, layer: int, heads: tuple[int, ...], spec: CacheSpec) -> BenchFormat:
         assert self.codebooks and self.geometry and self.channels
-        geometry = replace(self.geometry, layers=(self.geometry.layers[layer],))
-        books, orders = (self.codebooks[layer],), (self.channels[layer],)
-        return BenchFormat(spec, books, geometry, self.source, orders)
+        own = self.geometry.layers[layer]
+        (key, value), (key_order, value_order) = self.codebooks[layer], self.channels[layer]
+        geometry = replace(self.geometry, layers=(own,))
+        repeated = [heads[index % len(heads)] for index in range(own.kv_heads)]
+
+        def books(stored: Books) -> Tensor:
+            return torch.cat([_of_head(stored, head) for head in repeated])
+
+        def order(stored: Tensor | None) -> Tensor | None:
+            return None if stored is None else stored[repeated]
+
+        return BenchFormat(
+            spec,
+            ((books(key), books(value)),),
+            geometry,
+            self.source,
+            ((order(key_order), order(value_order)),),
+        )
 
     def rotation(self, layer: int, rotary_dim: int) -> KeyRotation:
         """How a layer's keys are turned: the artifact's own, else pairs as Llama has them."""
         if self.geometry is not None:
             return self.geometry.layers[layer].rotation
         return KeyRotation("half", rotary_dim, 0, 0)
+
+
+def _of_head(books: Books, head: int) -> Tensor:
+    """``[1, groups, centroids, channels]`` of one head."""
+    return books[head : head + 1] if isinstance(books, Tensor) else books[head]
 
 
 def parse_formats(
@@ -194,21 +226,24 @@ def open_artifact(path: str) -> BenchFormat:
     folder: Path = resolve(path, None)
     config = read_config(folder)
     check_codebooks(folder, config)
-    if any(len(own.codes(kind)) > 1 for own in config.cache.layers for kind in KINDS):
-        raise ArtifactError(
-            f"{path} has codes for single heads, which cqtool bench does not measure yet; give a "
-            "format whose layers have one code for all heads."
-        )
     tensors = load_file(folder / CODEBOOKS_NAME)
 
-    def codebook(layer: int, kind: Kind) -> Tensor:
+    def names(layer: int, kind: Kind) -> list[str]:
+        return [owner_name(layer, owner) for owner, _, _ in config.cache.owners(layer, kind)]
+
+    def codebook(layer: int, kind: Kind) -> Books:
+        stored = [tensors[codebook_name(name)].half() for name in names(layer, kind)]
+        if len(stored) > 1:
+            return tuple(stored)
         heads = config.geometry.layers[layer].kv_heads
-        stored = tensors[codebook_name(owner_name(layer, kind))].half()
-        return stored.expand(heads, -1, -1, -1).contiguous()  # a shared one, once for each head
+        return stored[0].expand(heads, -1, -1, -1).contiguous()  # a shared one, once for each head
 
     def channels(layer: int, kind: Kind) -> Tensor | None:
-        found = tensors.get(channels_name(owner_name(layer, kind)))
-        return None if found is None else found.long()
+        found = [tensors.get(channels_name(name)) for name in names(layer, kind)]
+        if not any(one is not None for one in found):
+            return None
+        same = torch.arange(config.geometry.layers[layer].dim(kind))[None]
+        return torch.cat([same if one is None else one.long() for one in found])
 
     layers = range(len(config.geometry.layers))
     codebooks = tuple((codebook(layer, "key"), codebook(layer, "value")) for layer in layers)

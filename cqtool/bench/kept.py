@@ -75,7 +75,8 @@ class Keeper:
         check_codebooks(folder, config)
         cache = config.cache
         batches = len(settings.batches or DEFAULT_BATCHES)
-        codes = {cache.of_head(index, 0) for index in range(len(config.geometry.layers))}
+        layers = enumerate(config.geometry.layers)
+        codes = {own for index, layer in layers for own in cache.parts(index, layer.kv_heads)}
         decode = "decode" in settings.chosen_parts
         rows = batches * max(
             len(settings.tokens) * len(codes) * decode,

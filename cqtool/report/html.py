@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cqtool import __version__
+from cqtool.artifact.card_format import LAYER_COLUMNS, layer_rows
 from cqtool.artifact.measured import QualityReport, QualityRow, read_quality
 from cqtool.errors import ArtifactError
 from cqtool.files import write_text
@@ -21,7 +22,6 @@ from cqtool.layout.config import (
 )
 from cqtool.report.html_scores import paired, scores, with_error
 from cqtool.report.markup import Markup, element, facts, figure, page, table, tiles, verdict
-from cqtool.spec import KINDS
 from cqtool.strictjson import read_object
 
 REPORT_NAME = "report.html"
@@ -102,16 +102,18 @@ def _format(config: CQConfig) -> list[Markup]:
         f"with {code.bits}-bit codes"
         for kind, code in (("key", cache.key), ("value", cache.value))
     )
-    for layers in cache.layers:
-        own = [f"{kind}s {', '.join(code.name for code in layers.codes(kind))}" for kind in KINDS]
-        codes += f"; {layers.place}: {' and '.join(own)}"
+    # Layer after layer, a sentence would have as many parts as the model has heads.
+    own = [table(LAYER_COLUMNS, layer_rows(config), right=(1,))] if cache.layers else []
+    if own:
+        codes = "keys and values in codes that differ between layers, as the table says"
     return [
         element(
             "p",
             f"Coupled quantization of the KV cache of {config.base_model.id}{revision}: {codes}, "
             f"fitted with the {config.objective} objective. The first {cache.sinks} and the last "
             f"{cache.window} tokens stay in the model's precision.",
-        )
+        ),
+        *own,
     ]
 
 

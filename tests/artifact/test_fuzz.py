@@ -35,7 +35,7 @@ from hostile import (
 )
 from safetensors.numpy import load
 from safetensors.torch import save
-from synthetic_artifact import DIM, KEY, config, quality, write_calibration
+from synthetic_artifact import KEY, config, quality, write_calibration
 
 from cqtool.artifact import provenance as provenance_module
 from cqtool.artifact.card import render_card
@@ -126,11 +126,25 @@ def bits(tensors: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...], bytes
 
 def rich_calibration(folder: Path) -> Path:
     """Codebooks with everything beside them that a format can have."""
-    value = config()
     key = {"channels": 4, "bits": 2, "grouping": "pairs", "encoding": "ldlq", "gain": "token"}
     other = {"channels": 8, "bits": 1, "grouping": "file", "sharing": "heads"}
-    value["cache"] |= {"key": key, "value": other}
-    value["cache"]["layers"] = [{"first": 1, "last": 1, "key": other, "value": other}]
+    own = {"first": 1, "last": 1, "key": other, "value": other}
+    return write_drawn(folder, {"key": key, "value": other, "layers": [own]})
+
+
+def by_head_calibration(folder: Path) -> Path:
+    """The same, of a layer whose heads have codes of their own."""
+    plain = {"channels": 4, "bits": 3}
+    rich = {"channels": 8, "bits": 2, "grouping": "file", "encoding": "ldlq", "gain": "token"}
+    other = {"channels": 2, "bits": 1, "grouping": "pairs", "encoding": "metric"}
+    own = {"first": 0, "last": 0, "key": [rich, other], "value": [plain, rich]}
+    return write_drawn(folder, {"key": plain, "value": plain, "layers": [own]})
+
+
+def write_drawn(folder: Path, cache: dict[str, Any]) -> Path:
+    """Codebooks, and what else a format asks for, drawn at random."""
+    value = config()
+    value["cache"] |= cache
     folder.mkdir()
     (folder / "cq_config.json").write_text(json.dumps(value))
     generator = torch.Generator().manual_seed(0)
@@ -141,10 +155,13 @@ def rich_calibration(folder: Path) -> Path:
     }
     for name, (heads, dim) in read.channels_shapes.items():
         tensors[name] = torch.arange(dim).flip(0).repeat(heads, 1).short()
-    metric = torch.eye(4).repeat(2, DIM // 4, 1, 1)
-    tensors["layers.0.key.metric"] = metric
-    tensors["layers.0.key.feedback"] = torch.randn(2, DIM, DIM, generator=generator)
-    tensors["layers.0.key.gains"] = torch.linspace(0.1, 3, 256).repeat(2, 1)
+    for name, shape in read.extra_shapes.items():
+        drawn = torch.randn(shape, generator=generator)
+        if name.endswith("metric"):
+            drawn = torch.eye(shape[-1]).expand(shape).contiguous()
+        if name.endswith("gains"):
+            drawn = torch.linspace(0.1, 3, 256).repeat(shape[0], 1)
+        tensors[name] = drawn
     (folder / "codebooks.safetensors").write_bytes(save(tensors))
     check_codebooks(folder, read)
     return folder
@@ -179,11 +196,15 @@ def test_damaged_files_are_refused(folder: Path) -> None:
 def test_hostile_codebooks_are_refused_or_read_as_they_are(scratch: Path) -> None:
     rng = random.Random(1)
     plain = write_calibration(scratch / "plain")
-    folders = [plain, rich_calibration(scratch / "rich")]
+    folders = [
+        plain,
+        rich_calibration(scratch / "rich"),
+        by_head_calibration(scratch / "by-head"),
+    ]
     mark = scratch / "ran"
     refused = 0
     for number in range(CASES["codebooks"]):
-        home = folders[number % 2]
+        home = folders[number % 3]
         path = home / "codebooks.safetensors"
         content = path.read_bytes()
         wrong = hostile_tensors(rng, content)
@@ -228,10 +249,14 @@ class Bomb:
 
 def test_hostile_configurations_are_refused_or_usable(scratch: Path) -> None:
     rng = random.Random(2)
-    homes = [write_calibration(scratch / "plain"), rich_calibration(scratch / "rich")]
+    homes = [
+        write_calibration(scratch / "plain"),
+        rich_calibration(scratch / "rich"),
+        by_head_calibration(scratch / "by-head"),
+    ]
     taken = 0
     for number in range(CASES["configurations"]):
-        home = homes[number % 2]
+        home = homes[number % 3]
         path = home / "cq_config.json"
         wrong = hostile_json(rng, json.loads(path.read_text()))
         with replaced(path, wrong), case(number, wrong):
@@ -424,6 +449,8 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     size = 16 << 20
     good, layer = json.dumps(config()), json.dumps(config()["geometry"]["layers"][0])
     codes = json.dumps({"first": 0, "last": 0, "key": KEY, "value": KEY})
+    heads = ",".join(['{"channels":4,"bits":3}'] * 1024)
+    by_head = f'{{"first": 0, "last": 0, "key": [{heads}], "value": [{heads}]}}'
     layers = f"[{layer}, {layer}]"
     texts = {
         "arrays": '{"rows":[' + ",".join(["[]"] * (size // 3 - 10)) + "]}",
@@ -434,6 +461,9 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
         "layers": good.replace(layers, f"[{','.join([layer] * 90_000)}]"),
         "codes": good.replace(
             '"window": 5', f'"window": 5, "layers": [{",".join([codes] * 90_000)}]'
+        ),
+        "codes of heads": good.replace(
+            '"window": 5', f'"window": 5, "layers": [{",".join([by_head] * 330)}]'
         ),
     }
     assert all(1 << 20 < len(text) <= size for text in texts.values())

@@ -116,9 +116,52 @@ def test_layers_with_codes_of_their_own_are_measured_one_of_each_code() -> None:
     first, second = mixed.of_each_code
     assert (first.name, second.name) == ("k-cq-4c8b-v-cq-8c4b correlation/contiguous", "cq-8c8b")
     assert (second.spec.window, second.spec.sinks, second.spec.layers) == (5, 2, ())
-    assert second.codebooks == (books[1],)
+    assert second.codebooks is not None
+    for found, own in zip(second.codebooks[0], books[1], strict=True):
+        assert isinstance(found, torch.Tensor) and torch.equal(found, own)
     assert second.rotation(0, 8) == rotations[1]
-    assert second.layer_channels(0, 2, 8, rotations[1], 0) == orders[1]
+    key_order, value_order = second.layer_channels(0, 2, 8, rotations[1], 0)
+    assert key_order is not None and key_order.tolist() == orders[1][0].tolist()
+    assert value_order is None
+
+
+def test_heads_with_codes_of_their_own_are_measured_one_of_each_pair() -> None:
+    cq = {name: CQSpec.parse(name) for name in ("cq-4c3b", "cq-8c4b", "cq-4c2b")}
+    keys = ("cq-4c3b", "cq-8c4b", "cq-4c3b")
+    spec = CacheSpec(
+        *[cq["cq-4c3b"]] * 2,
+        layers=(LayerCodes(1, 1, tuple(cq[name] for name in keys), cq["cq-4c2b"]),),
+    )
+    layer = LayerGeometry(3, 8, 8, None, KeyRotation("half", 8, 0))
+    books = {
+        layer: torch.stack([torch.full((2, 8, 4), 10.0 * layer + head) for head in range(3)])
+        for layer in (0, 2)
+    }
+    own = tuple(
+        torch.full((1, 8 // cq[name].channels, cq[name].centroids, cq[name].channels), 10.0 + head)
+        for head, name in enumerate(keys)
+    )
+    values = torch.stack([torch.full((2, 4, 4), 20.0 + head) for head in range(3)])
+    order = torch.stack([torch.arange(8).roll(head) for head in range(3)])
+    mixed = BenchFormat(
+        spec,
+        ((books[0], books[0]), (own, values), (books[2], books[2])),
+        ModelGeometry(3, (layer,) * 3),
+        "folder",
+        ((None, None), (order, None), (None, None)),
+    )
+    found = mixed.of_each_code
+    assert [one.name for one in found] == [
+        "cq-4c3b", "k-cq-4c3b-v-cq-4c2b", "k-cq-8c4b-v-cq-4c2b",
+    ]  # fmt: skip
+    # Which heads stand in the place of heads 0, 1 and 2.
+    for one, heads in zip(found[1:], ((0, 2, 0), (1, 1, 1)), strict=True):
+        assert one.codebooks is not None and one.channels is not None
+        (key, value), (key_order, _) = one.codebooks[0], one.channels[0]
+        assert isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)
+        assert key[:, 0, 0, 0].tolist() == [10 + head for head in heads]
+        assert value[:, 0, 0, 0].tolist() == [20 + head for head in heads]
+        assert key_order is not None and key_order[:, 0].tolist() == [order[h, 0] for h in heads]
 
 
 def test_an_artifact_keeps_its_codebooks_and_is_refused_for_another_shape(calibration) -> None:

@@ -74,7 +74,11 @@ def rich() -> dict[str, Any]:
     key |= {"gain": "token", "sharing": "heads"}
     other = key | {"grouping": "file", "encoding": "metric", "gain": "none", "sharing": "none"}
     value["cache"] |= {"key": key, "value": other}
-    value["cache"]["layers"] = [{"first": 1, "last": 1, "key": key, "value": other}]
+    of_heads = [key | {"bits": bits, "sharing": "none"} for bits in (2, 8)]
+    value["cache"]["layers"] = [
+        {"first": 0, "last": 0, "key": of_heads, "value": [other, other | {"channels": 8}]},
+        {"first": 1, "last": 1, "key": key, "value": other},
+    ]
     value["base_model"] |= {"license": "other", "license_name": "own", "license_link": "LICENSE"}
     value["base_model"]["fingerprint"]["rope"] = [[1.0, 1.0, 0.5, 0.25, 0.125]]
     told = {"hidden_act": "silu", "alibi": False, "rms_norm_eps": 1e-6, "layer_types": ["full", 1]}
@@ -109,7 +113,20 @@ NEW = (
     [],
     {},
 )
-NEW += ("heads", "pairs", "file", "ldlq", "token", "none", "half", "query", [1], [{}], {"x": 1})
+NEW += (
+    "heads",
+    "pairs",
+    "balanced-pairs",
+    "file",
+    "ldlq",
+    "token",
+    "none",
+    "half",
+    "query",
+    [1],
+    [{}],
+    {"x": 1},
+)
 
 CONFIG_ONLY_READER: dict[str, Change] = {
     "a whole number with a fraction": lambda c: c["cache"].update(window=5.0),
@@ -118,6 +135,9 @@ CONFIG_ONLY_READER: dict[str, Change] = {
     "layers out of order": lambda c: c["cache"]["layers"][0].update(first=1, last=0),
     "layers that the model lacks": lambda c: c["cache"]["layers"][0].update(first=1, last=2),
     "layers twice": lambda c: c["cache"]["layers"].append(c["cache"]["layers"][0]),
+    "codes for more heads than there are": lambda c: c["cache"]["layers"][0]["key"].append(
+        c["cache"]["layers"][0]["key"][0]
+    ),
     "half of a surrogate pair": lambda c: c["base_model"].update(id="\ud800"),
 }
 """What is refused in words only, as the schema's description says."""
@@ -152,7 +172,10 @@ def test_every_optional_field_is_taken(tmp_path: Path) -> None:
     CONFIG.validate(value)
     assert config_is_read(value, tmp_path)
     found = read_config(tmp_path)
-    assert found.cache.key.sharing == "heads" and found.cache.layers[0].value.grouping == "file"
+    of_heads, plain = found.cache.layers
+    assert found.cache.key.sharing == "heads" and plain.value.grouping == "file"
+    assert [code.bits for code in of_heads.codes("key")] == [2, 8]
+    assert [code.channels for code in of_heads.codes("value")] == [4, 8]
 
 
 def test_schema_and_reader_agree_on_every_change_of_a_configuration(tmp_path: Path) -> None:
@@ -189,6 +212,20 @@ def test_schema_and_reader_agree_on_a_models_configuration(
 ) -> None:
     value = rich()
     value["base_model"]["fingerprint"]["config"] = told
+    assert (CONFIG.is_valid(value), config_is_read(value, tmp_path)) == (taken, taken)
+
+
+@pytest.mark.parametrize(("heads", "taken"), [(1, False), (2, True), (1024, True), (1025, False)])
+@pytest.mark.parametrize("kind", ["key", "value"])
+def test_schema_and_reader_agree_on_how_many_heads_have_codes(
+    heads: int, taken: bool, kind: str, tmp_path: Path
+) -> None:
+    value = config()
+    layer = value["geometry"]["layers"][0] | {"kv_heads": heads}
+    value["geometry"] |= {"query_heads": heads, "layers": [layer]}
+    code = {"channels": 8, "bits": 4}
+    own = {"first": 0, "last": 0, "key": code, "value": code, kind: [code] * heads}
+    value["cache"]["layers"] = [own]
     assert (CONFIG.is_valid(value), config_is_read(value, tmp_path)) == (taken, taken)
 
 
