@@ -133,6 +133,18 @@ class Recipe(Section):
             )
         return feedback
 
+    @field_validator("sharing")
+    @classmethod
+    def _heads_of_their_own_share_nothing(cls, sharing: str, info: ValidationInfo) -> str:
+        layers = info.data.get("layers", {}).values()
+        lists = any(isinstance(names, list) for own in layers for names in (own.key, own.value))
+        if sharing != "none" and lists:
+            raise ValueError(
+                "heads with codes of their own cannot share codebooks; write sharing: none, or one "
+                "code for all heads of a layer"
+            )
+        return sharing
+
     @property
     def spec(self) -> CacheSpec:
         """The cache format that this recipe makes."""

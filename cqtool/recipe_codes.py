@@ -20,6 +20,12 @@ class Format(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: object) -> object:
+        names = value.values() if isinstance(value, dict) else [value]
+        if any(isinstance(name, list) for name in names):
+            raise ValueError(
+                "a list names the codes of a layer's heads; write it under layers, such as "
+                "layers: {7: [cq-8c8b, cq-4c8b]}, and one code for all other layers here"
+            )
         return {"key": value, "value": value} if isinstance(value, str) else value
 
     @field_validator("key", "value")
@@ -43,6 +49,21 @@ class LayerFormat(Section):
     @classmethod
     def _from_name(cls, value: object) -> object:
         return {"key": value, "value": value} if isinstance(value, str | list) else value
+
+    @field_validator("key", "value", mode="before")
+    @classmethod
+    def _name_each_head(cls, names: object) -> object:
+        if not isinstance(names, str | list):
+            raise ValueError("give a name, or a list with one for each head")
+        if isinstance(names, list):
+            if len(names) < 2:
+                raise ValueError(
+                    "a list of codes names one for each head; write a single code as it is"
+                )
+            wrong = [name for name in names if not isinstance(name, str)]
+            if wrong:
+                raise ValueError(f"'{wrong[0]}' is not a name; write one such as cq-8c8b")
+        return names
 
     @field_validator("key", "value")
     @classmethod

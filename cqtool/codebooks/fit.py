@@ -152,10 +152,11 @@ def fit_layer(
 ) -> LayerFit:
     """Fit keys and values of one layer, all heads and groups.
 
-    A head with a code of its own gets what it would get if all heads had that code. Groups are
-    chosen from the samples first, as the format says. Where heads share their codebooks, these are
-    fitted to the samples of all of them, under one metric: k-means knows one metric for a codebook.
-    Encoding keeps that of each head.
+    A head with a code of its own gets what it would get if all heads had that code; but its
+    ``balanced-pairs`` are chosen by itself, where heads with one code begin theirs alike. Groups
+    are chosen from the samples first, as the format says. Where heads share their codebooks, these
+    are fitted to the samples of all of them, under one metric: k-means knows one metric for a
+    codebook. Encoding keeps that of each head.
 
     Args:
         store: the samples; only this layer's are read.

@@ -111,7 +111,7 @@ def test_layers_with_codes_of_their_own_are_measured_one_of_each_code() -> None:
     rotations = [KeyRotation("half", 8, offset) for offset in range(4)]
     geometry = ModelGeometry(2, tuple(LayerGeometry(2, 8, 8, None, turn) for turn in rotations))
     books = tuple((torch.full((2, 1, 1, 8), i), torch.full((2, 1, 1, 8), -i)) for i in range(4))
-    orders = tuple((torch.arange(8) + i, None) for i in range(4))
+    orders = tuple((torch.arange(8).roll(i).expand(2, -1), None) for i in range(4))
     mixed = BenchFormat(spec, books, geometry, "folder", orders)
     first, second = mixed.of_each_code
     assert (first.name, second.name) == ("k-cq-4c8b-v-cq-8c4b correlation/contiguous", "cq-8c8b")
