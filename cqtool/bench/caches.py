@@ -141,7 +141,7 @@ def bind(format: BenchFormat, model: PreTrainedModel, seed: int) -> CacheFormat:
 def _codec(books: Books, order: torch.Tensor | None, device: torch.device) -> CQCodec | HeadsCodec:
     if isinstance(books, torch.Tensor):
         return CQCodec(books.to(device), order)
-    orders = [None] * len(books) if order is None else order.split(1)
+    orders = [None] * len(books) if order is None else [row[None] for row in order]
     parts = zip(books, orders, strict=True)
     return HeadsCodec([CQCodec(book.to(device), own) for book, own in parts])
 
