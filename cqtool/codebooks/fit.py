@@ -152,11 +152,10 @@ def fit_layer(
 ) -> LayerFit:
     """Fit keys and values of one layer, all heads and groups.
 
-    A head with a code of its own gets what it would get if all heads had that code; but its
-    ``balanced-pairs`` are chosen by itself, where heads with one code begin theirs alike. Groups
-    are chosen from the samples first, as the format says. Where heads share their codebooks, these
-    are fitted to the samples of all of them, under one metric: k-means knows one metric for a
-    codebook. Encoding keeps that of each head.
+    A head with a code of its own gets what it would get if all heads had that code. Groups are
+    chosen from the samples first, as the format says. Where heads share their codebooks, these are
+    fitted to the samples of all of them, under one metric: k-means knows one metric for a codebook.
+    Encoding keeps that of each head.
 
     Args:
         store: the samples; only this layer's are read.
@@ -181,12 +180,17 @@ def fit_layer(
         gradients = None if objective == "uniform" else store.load_gradients(layer, kind)
         moment = None if objective != "query" else store.load_moment(layer, kind)
         turned = rotation if kind == "key" else NO_ROTATION
+        # Of all heads for each code: groups of pairs begin alike in heads that a kernel serves
+        # together.
+        orders: dict[CQSpec, Tensor | None] = {}
         for owner, code, head in spec.owners(layer, kind):
             own = slice(None) if head is None else slice(head, head + 1)
-            order = None
             if code.grouping == "file":
                 assert given is not None
-                order = given[kind][own]
+                orders[code] = given[kind]
+            elif code not in orders:
+                orders[code] = _groups(code, samples, gradients, moment, turned)
+            order = orders[code]
             _fit_owner(
                 found,
                 owner,
@@ -194,11 +198,23 @@ def fit_layer(
                 samples[:, own],
                 None if gradients is None else gradients[:, own],
                 None if moment is None else moment[own],
-                turned,
-                order,
+                None if order is None else order[own],
                 partial(_fit_groups, engine, seed, layer, kind, head or 0, task),
             )
     return found
+
+
+def _groups(
+    code: CQSpec,
+    samples: Tensor,
+    gradients: Tensor | None,
+    moment: Tensor | None,
+    rotation: KeyRotation,
+) -> Tensor | None:
+    cost = moment
+    if is_balanced(code.grouping) and cost is None and gradients is not None:
+        cost = gradients.square().mean(dim=0).diag_embed()
+    return choose_groups(samples, code.grouping, code.channels, rotation, cost)
 
 
 def _fit_owner(
@@ -208,16 +224,10 @@ def _fit_owner(
     samples: Tensor,
     gradients: Tensor | None,
     moment: Tensor | None,
-    rotation: KeyRotation,
     order: Tensor | None,
     fit: Callable[[Tensor, Tensor | None, Tensor | None, int], tuple[Tensor, float]],
 ) -> None:
     """Fit the codebooks of the heads that `samples` ``[tokens, heads, head_dim]`` are of."""
-    if order is None:
-        cost = moment
-        if is_balanced(code.grouping) and cost is None and gradients is not None:
-            cost = gradients.square().mean(dim=0).diag_embed()
-        order = choose_groups(samples, code.grouping, code.channels, rotation, cost)
     extras: dict[str, Tensor] = {}
     weights = None
     if gradients is not None:
