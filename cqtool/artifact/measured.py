@@ -115,13 +115,26 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class PartCost:
+    """What the keys or values of a layer, or of one `head` of it, cost when they alone are coded;
+    None for all heads."""
+
+    layer: int
+    head: int | None
+    kind: str
+    bits_per_channel: float
+    kl: float
+    kl_se: float | None
+
+
+@dataclass(frozen=True)
 class QualityReport:
     """``quality.json``, checked; `evaluation` describes the text that was used.
 
     `context` is the number of tokens that bits are also computed for, by which tasks of growing
     length go as well. `generation` (built-in tasks) and `tasks` (of lm-evaluation-harness) are None
     where none were asked for, or the report is older than they are; older ones have nothing
-    `paired` and no `context` either.
+    `paired` and no `context` either. `by_layer` and `by_head` are empty where not asked for.
     """
 
     model: str
@@ -138,6 +151,8 @@ class QualityReport:
     tasks: Generation | None
     paired: tuple[PairedRow, ...]
     context: int
+    by_layer: tuple[PartCost, ...] = ()
+    by_head: tuple[PartCost, ...] = ()
 
     def row_of(self, name: str, objective: str) -> QualityRow | None:
         """The row of the format `name` fitted to `objective`, if it was measured."""
@@ -187,6 +202,8 @@ def read_quality(folder: Path) -> QualityReport | None:
         tasks=_scores(root, "tasks"),
         paired=_paired(root) if "paired" in root.values else (),
         context=root.integer("context", minimum=1) if "context" in root.values else length,
+        by_layer=_costs(root, "by_layer"),
+        by_head=_costs(root, "by_head"),
     )
 
 
@@ -235,6 +252,20 @@ def _paired(root: Fields) -> tuple[PairedRow, ...]:
             better=one.integer("better", minimum=0),
         )
         for one in root.children("paired", empty=True)
+    )
+
+
+def _costs(root: Fields, name: str) -> tuple[PartCost, ...]:
+    return tuple(
+        PartCost(
+            layer=one.integer("layer", minimum=0),
+            head=one.integer("head", minimum=0) if name == "by_head" else None,
+            kind=one.string("kind"),
+            bits_per_channel=one.number("bits_per_channel"),
+            kl=one.number("kl"),
+            kl_se=one.optional_number("kl_se"),
+        )
+        for one in (root.children(name) if root.values.get(name) else ())
     )
 
 

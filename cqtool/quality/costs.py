@@ -128,6 +128,7 @@ class _Report:
     model: str | None
     text: str | None
     settings: tuple[int, int] | None
+    mode: str | None
 
 
 def measured_costs(reports: Sequence[Path], model: str | None = None) -> dict[Part, Curve]:
@@ -137,7 +138,7 @@ def measured_costs(reports: Sequence[Path], model: str | None = None) -> dict[Pa
     that.
 
     Args:
-        reports: files of the same model, text, window and sinks.
+        reports: files of the same model, text, window, sinks and mode.
         model: what the calibration names its model, to be that of the reports. Only Hub ids are
             compared: local folders may have any name.
 
@@ -172,6 +173,11 @@ def measured_costs(reports: Sequence[Path], model: str | None = None) -> dict[Pa
             raise ArtifactError(
                 f"{both} were measured with different windows or sinks; run `cqtool check "
                 f"{_option(own)}` with the same --window and --sinks for both."
+            )
+        if first.mode != second.mode:
+            raise ArtifactError(
+                f"{both} were measured in modes {first.mode} and {second.mode}; run `cqtool check "
+                f"{_option(own)}` with the same --mode for both."
             )
     return {part: Curve.through(one[part] for one in points) for part in points[0]}
 
@@ -211,6 +217,7 @@ def _read(report: Path) -> _Report:
         fields.string("model") if _has(fields, "model") else None,
         evaluation.string("digest") if evaluation and _has(evaluation, "digest") else None,
         (settings[0][0], settings[0][1]) if settings else None,
+        fields.string("mode") if _has(fields, "mode") else None,
     )
 
 

@@ -20,7 +20,7 @@ from cqtool.layout.config import (
     read_config,
     text_parts,
 )
-from cqtool.report.html_scores import paired, scores, with_error
+from cqtool.report.html_scores import costliest, paired, scores, with_error
 from cqtool.report.markup import Markup, element, facts, figure, page, table, tiles, verdict
 from cqtool.strictjson import read_object
 
@@ -165,6 +165,8 @@ def _quality(quality: QualityReport, config: CQConfig | None, reports: Path) -> 
             "the formats that no other beats in both; the star is the one checked.",
         ),
         paired(quality),
+        costliest(quality.by_layer),
+        costliest(quality.by_head),
         scores("Text generated greedily over the cache", quality.generation),
         scores("Tasks of lm-evaluation-harness over the cache", quality.tasks),
     ]

@@ -1,9 +1,43 @@
-"""Tables of the HTML report that compare formats: paired by window, and by scores of tasks."""
+"""Tables of the HTML report that compare formats, paired by window and by scores of tasks, and the
+parts of a cache by what they cost."""
 
 from __future__ import annotations
 
-from cqtool.artifact.measured import Generation, QualityReport, by_measure
+from collections.abc import Sequence
+
+from cqtool.artifact.measured import Generation, PartCost, QualityReport, by_measure
 from cqtool.report.markup import Markup, table
+
+_MOST_PARTS = 12
+"""Parts that a table shows: models have hundreds."""
+
+
+def costliest(costs: Sequence[PartCost]) -> Markup:
+    """The layers, or heads, whose keys or values cost the most when they alone are coded."""
+    if not costs:
+        return Markup()
+    shown = sorted(costs, key=lambda one: -one.kl)[:_MOST_PARTS]
+    by_head = shown[0].head is not None
+    total = sum(one.kl for one in costs) or 1.0
+    rows = [
+        (
+            one.layer,
+            *([one.head] if by_head else []),
+            f"{one.kind}s",
+            f"{one.bits_per_channel:.2f}",
+            with_error(one.kl, one.kl_se, ".5f"),
+            f"{one.kl / total:.1%}",
+        )
+        for one in shown
+    ]
+    columns = ("Layer", *(["Head"] if by_head else []), "Of", "Bits", "KL (nats)", "Share")
+    part = "one head" if by_head else "one layer"
+    caption = (
+        f"Only the keys or values of {part} coded, all else exact: the {len(shown)} costliest of "
+        f"{len(costs)}"
+    )
+    numbers = range(len(columns) - 3, len(columns))
+    return table(columns, rows, right=numbers, caption=caption)
 
 
 def scores(title: str, measured: Generation | None) -> Markup:

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from cqtool.cli.check_tables import COLUMNS, paired_rows, quality_table, table_rows
+from cqtool.cli.check_tables import (
+    COLUMNS,
+    MOST_HEADS,
+    head_rows,
+    paired_rows,
+    quality_table,
+    table_rows,
+)
 from cqtool.cli.output import _plain_table
 
 
@@ -63,3 +70,15 @@ def test_paired_rows_have_both_measures_of_a_format_in_a_line() -> None:
         ["a", "-0.0210 ± 0.0030", "22 of 24", "+0.5000"],
         ["b", "-0.0210", "22 of 24", "-0.0210 ± 0.0030"],
     ]
+
+
+def test_of_many_heads_the_costliest_are_shown_with_their_share_of_all() -> None:
+    costs = [
+        {"layer": layer, "kind": "value", "head": head, "bits_per_channel": 1.0, "kl": kl}
+        for layer, head, kl in [(at // 8, at % 8, 0.001) for at in range(63)] + [(9, 5, 0.937)]
+    ]
+    shown = head_rows(costs)
+    assert shown[0] == ["9", "5", "values", "1.00", "0.93700", "93.7%"]
+    # Those that cost the same follow in the model's order.
+    assert shown[10] == ["1", "1", "values", "1.00", "0.00100", "0.1%"]
+    assert len(shown) == MOST_HEADS

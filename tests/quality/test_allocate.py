@@ -311,6 +311,7 @@ def test_reports_of_two_rates_go_together(calibration: Path) -> None:
         ({"model": "some-org/Other"}, "give reports of one model"),
         ({"rows": [{}, {"window": 0, "sinks": 3}]}, "different windows or sinks"),
         ({"rows": [{}, {"window": 5, "sinks": 4}]}, "different windows or sinks"),
+        ({"mode": "prefill"}, "with the same --mode for both"),
     ],
 )
 def test_reports_that_do_not_go_together(

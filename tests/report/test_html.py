@@ -201,6 +201,22 @@ def test_scores_of_tasks_and_their_differences_are_in_the_report(tmp_path: Path)
     assert "lm-evaluation-harness" not in page.text
 
 
+def test_the_costliest_layers_and_heads_are_in_the_report(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    path = folder / "reports" / "quality.json"
+    quality = json.loads(path.read_text())
+    parts = [
+        {"layer": at, "kind": "value", "bits_per_channel": 1.25, "kl": kl, "kl_se": None}
+        for at, kl in enumerate([0.001] * 30 + [0.47])
+    ]
+    heads = [{**one, "head": 6, "kl_se": 0.00021} for one in parts[-2:]]
+    path.write_text(json.dumps(quality | {"by_layer": parts, "by_head": heads}))
+    source, _ = read(folder)
+    assert "values of one layer coded, all else exact: the 12 costliest of 31" in source
+    assert "values of one head coded, all else exact: the 2 costliest of 2" in source
+    assert "94.0%" in source and "0.47000 ± 0.00021" in source and "<th>Head</th>" in source
+
+
 def test_each_text_of_a_mixture_has_a_row(tmp_path: Path) -> None:
     path = make_folder(tmp_path) / "calibration.json"
     calibration = json.loads(path.read_text())
