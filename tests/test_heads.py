@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +61,8 @@ class Store:
         return self.moment
 
 
-def fitted(spec: CacheSpec, objective: Any, groups: torch.Tensor | None = None) -> Any:
-    if groups is None:
-        groups = torch.stack([torch.arange(8), torch.arange(8).flip(0)])
+def fitted(spec: CacheSpec, objective: Any) -> Any:
+    groups = torch.stack([torch.arange(8), torch.arange(8).flip(0)])
     given: Any = dict.fromkeys(KINDS, groups)
     store: Any = Store()
     rotation = KeyRotation("half", 8, 0, 0)
@@ -92,12 +90,7 @@ def test_a_head_is_fitted_as_if_all_heads_had_its_code(
     found = fitted(CacheSpec(keys[0], values[0], layers=(own,)), objective)
     assert sorted(found.codebooks) == [f"{kind}.heads.{head}" for kind in KINDS for head in (0, 1)]
     for head in (0, 1):
-        key, groups = keys[head], None
-        if grouping == "balanced-pairs":
-            # Heads with one code choose together from where to start; each begins by itself here.
-            key = replace(key, grouping="file")
-            groups = found.channels[f"key.heads.{head}"].expand(2, -1)
-        whole = fitted(CacheSpec(key, values[head]), objective, groups)
+        whole = fitted(CacheSpec(keys[head], values[head]), objective)
         for kind in KINDS:
             name, one = f"{kind}.heads.{head}", slice(head, head + 1)
             assert found.codebooks[name].equal(whole.codebooks[kind][one])
