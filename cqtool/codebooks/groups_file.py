@@ -24,7 +24,8 @@ def read_groups(
 
     Args:
         file: a safetensors file with the integer tensors ``layers.{i}.{kind}.channels``,
-            ``[kv_heads, head_dim]``: place p of head h's grouped order holds model channel [h, p].
+            ``[kv_heads, head_dim]``: place p of head h's grouped order holds model channel [h, p];
+            or with ``layers.{i}.{kind}.heads.{h}.channels``, ``[1, head_dim]``, for each head.
             A path from the current folder, or an absolute one; None where no groups are of a file.
         spec: the format.
         geometry: the model's cache geometry.
@@ -54,14 +55,21 @@ def read_groups(
                 ]
                 for kind in kinds:
                     name = channels_name(owner_name(index, kind))
-                    shape = layer.kv_heads, layer.dim(kind)
-                    if name not in names:
+                    # Codebooks of heads with codes of their own have a row each.
+                    rows = [
+                        channels_name(owner_name(index, f"{kind}.heads.{head}"))
+                        for head in range(layer.kv_heads)
+                    ]
+                    by_head = name not in names and names.issuperset(rows)
+                    parts = rows if by_head else [name]
+                    shape = 1 if by_head else layer.kv_heads, layer.dim(kind)
+                    if not names.issuperset(parts):
                         raise RecipeError(
                             f"{path} has no tensor {name}; add it, integers {list(shape)}. A file "
                             "of groups lists every layer of the model."
                         )
-                    found.setdefault(index, {})[kind] = _order(
-                        opened.get_tensor(name), shape, f"{path}: {name}"
+                    found.setdefault(index, {})[kind] = torch.cat(
+                        [_order(opened.get_tensor(one), shape, f"{path}: {one}") for one in parts]
                     )
     except (SafetensorError, OSError) as error:
         raise RecipeError(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cqtool.cache import CacheFormat, CQCache
 from cqtool.errors import ModelError
 from cqtool.quality.positions import buckets
-from cqtool.quality.simulate import teacher_forced_logits
+from cqtool.quality.simulate import States, full_pass, teacher_forced_logits
 
 Mode = Literal["teacher", "prefill", "decode"]
 """What a position follows: tokens decoded one by one, computed in one pass (`teacher`) or really so
@@ -50,12 +50,31 @@ def full_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return logits
 
 
+def prompt_states(model: PreTrainedModel, ids: Tensor, mode: Mode) -> States | None:
+    """What a prompt of these tokens leaves in the cache, where `mode` asks for it."""
+    return full_pass(model, ids.unsqueeze(0).to(model.device))[1] if mode == "prefill" else None
+
+
 def quantized_logits(
-    model: PreTrainedModel, format: CacheFormat, ids: Tensor, mode: Mode
+    model: PreTrainedModel,
+    format: CacheFormat,
+    ids: Tensor,
+    mode: Mode,
+    states: States | None = None,
 ) -> Tensor:
-    """Logits ``[tokens, vocabulary]`` over a cache of `format`, in one pass or token by token."""
+    """Logits ``[tokens, vocabulary]`` over a cache of `format`, in one pass or token by token.
+
+    Args:
+        model: the model.
+        format: on the model's device.
+        ids: int64 ``[tokens]``.
+        mode: how.
+        states: what :func:`prompt_states` gives for these tokens and this mode, where that is
+            known already.
+    """
     if mode != "decode":
-        return teacher_forced_logits(model, format, ids, prefilled=mode == "prefill")
+        states = states or prompt_states(model, ids, mode)
+        return teacher_forced_logits(model, format, ids, states)
     cache = CQCache(format, model)
     steps = []
     with torch.no_grad():

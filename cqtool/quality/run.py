@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from cqtool.cache import CacheFormat
@@ -12,7 +14,7 @@ from cqtool.quality.candidates import Candidate
 from cqtool.quality.finished import FinishedRows, FullScores, Measured
 from cqtool.quality.harness import Harness
 from cqtool.quality.layers import HeadCost, LayerCost, head_cost, layer_cost, only
-from cqtool.quality.measure import WindowFigures, add_window, quantized_logits
+from cqtool.quality.measure import WindowFigures, add_window, prompt_states, quantized_logits
 from cqtool.quality.memory import memory_explained
 from cqtool.quality.reference import Reference
 from cqtool.quality.report import Row, row_figures
@@ -104,30 +106,43 @@ class Run:
 
     def by_layer(self, candidate: Candidate) -> tuple[LayerCost, ...]:
         """What each layer's keys and values cost alone."""
-        format, costs = candidate.make(), []
+        format = candidate.make()
         parts = [(layer, kind) for layer in range(len(format.layers)) for kind in KINDS]
-        passes = len(parts) * self._settings.windows
-        with self._progress.task(f"{candidate.label} by layer", total=passes) as task:
-            for layer, kind in parts:
-                figures = self._over_windows(only(format, layer, kind), task)
-                costs.append(layer_cost(format, layer, kind, figures.kl))
-        return tuple(costs)
+        formats = [only(format, *part) for part in parts]
+        measured = self._side_by_side(formats, f"{candidate.label} by layer")
+        return tuple(
+            layer_cost(format, *part, one.kl) for part, one in zip(parts, measured, strict=True)
+        )
 
     def by_head(self, candidate: Candidate) -> tuple[HeadCost, ...]:
         """What the keys and values of each key/value head cost alone."""
-        format, costs = candidate.make(), []
+        format = candidate.make()
         parts = [
             (index, kind, head)
             for index, shape in enumerate(format.geometry.layers)
             for kind in KINDS
             for head in range(shape.kv_heads)
         ]
-        passes = len(parts) * self._settings.windows
-        with self._progress.task(f"{candidate.label} by head", total=passes) as task:
-            for layer, kind, head in parts:
-                figures = self._over_windows(only(format, layer, kind, head), task)
-                costs.append(head_cost(format, layer, kind, head, figures.kl))
-        return tuple(costs)
+        formats = [only(format, *part) for part in parts]
+        measured = self._side_by_side(formats, f"{candidate.label} by head")
+        return tuple(
+            head_cost(format, *part, one.kl) for part, one in zip(parts, measured, strict=True)
+        )
+
+    def _side_by_side(self, formats: Sequence[CacheFormat], label: str) -> list[WindowFigures]:
+        """The figures of many formats, window after window: what a prompt leaves in the cache is
+        the same for all."""
+        figures = [WindowFigures() for _ in formats]
+        mode = self._settings.mode
+        with self._progress.task(label, total=len(formats) * self._settings.windows) as task:
+            for number, ids in enumerate(self._windows.ids):
+                reference = self._reference_of(number)
+                states = prompt_states(self._model, ids, mode)
+                for format, own in zip(formats, figures, strict=True):
+                    logits = quantized_logits(self._model, format, ids, mode, states)
+                    add_window(own, reference, logits, ids)
+                    task.advance()
+        return figures
 
     def full_row(self, checked: Row) -> Row:
         """Full precision's row; `checked` says what a token takes there."""

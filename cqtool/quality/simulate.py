@@ -38,7 +38,7 @@ States = Mapping[int, tuple[Tensor, Tensor]]
 
 
 def teacher_forced_logits(
-    model: PreTrainedModel, format: CacheFormat, ids: Tensor, *, prefilled: bool = False
+    model: PreTrainedModel, format: CacheFormat, ids: Tensor, prefilled: States | None = None
 ) -> Tensor:
     """Logits at every position of `ids`, each as decoding up to there would give them.
 
@@ -46,14 +46,14 @@ def teacher_forced_logits(
         model: the model.
         format: on the model's device.
         ids: int64 ``[tokens]``.
-        prefilled: each as the first step after a prompt instead, see :func:`simulated_cache`.
+        prefilled: of :func:`full_pass` over ``ids[None]``: each position as the first step after a
+            prompt instead, see :func:`simulated_cache`.
 
     Returns:
         ``[tokens, vocabulary]`` in the model's dtype.
     """
     batch = ids.unsqueeze(0).to(model.device)
-    states = full_pass(model, batch)[1] if prefilled else None
-    with torch.no_grad(), simulated_cache(model, format, ids.shape[0], states) as cache:
+    with torch.no_grad(), simulated_cache(model, format, ids.shape[0], prefilled) as cache:
         logits = model(input_ids=batch, past_key_values=cache, use_cache=True).logits[0]
     assert isinstance(logits, Tensor)
     return logits
@@ -128,7 +128,7 @@ def require_simulation(model: PreTrainedModel, format: CacheFormat, ids: Tensor)
     """
     if not any(_sees_both(format, layer) for layer in range(len(format.layers))):
         return
-    codec = ExactCodec()
+    codec = _Doubled()
     layers = tuple(type(format.layers[0])(codec, codec) for _ in format.layers)
     window = min(max(format.window, format.block), _GUARD_TOKENS // 4)
     identity = CacheFormat("identity", format.geometry, layers, window, 0)
@@ -151,9 +151,17 @@ def require_simulation(model: PreTrainedModel, format: CacheFormat, ids: Tensor)
         )
 
 
+class _Doubled(ExactCodec):
+    """Exact, but shown twice as codes are."""
+
+
 def _sees_both(format: CacheFormat, layer: int) -> bool:
     """Whether tokens are seen as they are by some queries and as codes by others."""
-    return format.window > 0 or format.layers[layer].block > 1
+    codecs = format.layers[layer]
+    # Of a layer that stays as it is, which most are where the cost of one is measured, both copies
+    # would be the same.
+    exact = type(codecs.key) is type(codecs.value) is ExactCodec
+    return not exact and (format.window > 0 or codecs.block > 1)
 
 
 def _round_trip(
@@ -166,7 +174,7 @@ def _round_trip(
     layer: int,
 ) -> Tensor:
     whole = states.shape[2] - states.shape[2] % block
-    if whole <= sinks:
+    if whole <= sinks or type(codec) is ExactCodec:
         return states
     plain = states[:, :, :whole]
     turned = codec.before_rope and rotation.style != "none"

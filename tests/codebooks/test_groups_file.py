@@ -60,6 +60,23 @@ def test_an_order_is_kept_as_it_is_listed(tmp_path, dtype, monkeypatch):
     assert all(order.dtype == torch.int64 for kinds in found.values() for order in kinds.values())
 
 
+def test_heads_with_codes_of_their_own_list_a_row_each(tmp_path):
+    whole = orders()["layers.1.key.channels"]
+    rows = {
+        f"layers.1.key.heads.{head}.channels": whole[head : head + 1].clone() for head in (0, 1)
+    }
+    path = written(tmp_path, **{"layers.1.key.channels": None}, **rows)
+    assert read_groups(str(path), SPEC, GEOMETRY)[1]["key"].equal(whole)
+    rows["layers.1.key.heads.1.channels"] = whole.clone()
+    path = written(tmp_path, **{"layers.1.key.channels": None}, **rows)
+    with pytest.raises(RecipeError, match=r"heads\.1\.channels is int64 \[2, 8\]"):
+        read_groups(str(path), SPEC, GEOMETRY)
+    rows["layers.1.key.heads.1.channels"] = None
+    path = written(tmp_path, **{"layers.1.key.channels": None}, **rows)
+    with pytest.raises(RecipeError, match=r"no tensor layers\.1\.key\.channels"):
+        read_groups(str(path), SPEC, GEOMETRY)
+
+
 def test_only_what_the_format_asks_for_is_read(tmp_path):
     values = {f"layers.{layer}.value.channels": None for layer in range(3)}
     path = written(tmp_path, **values)
