@@ -25,7 +25,8 @@ from cqtool.errors import SampleError
 from cqtool.files import atomic_file, write_json
 from cqtool.spec import Kind
 
-FORMAT_VERSION = 1
+# 2: with the fingerprint of sums of weights. A fingerprint of before cannot be compared with one.
+FORMAT_VERSION = 2
 _FLOAT16_MAX = 6e4
 
 
