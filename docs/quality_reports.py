@@ -62,24 +62,28 @@ OWN = {
 CARRIERS = {("kvquant-3-4", 1), ("vecinfer", 1)}
 """Rows that only carried the samples which other formats were fitted to, by report and place."""
 
-RECALL = "1.25 bits by layer for recall, tuned"
+RECALL = "1.25 bits by head for recall, tuned"
 """What was tuned for generation."""
+LAYERS = "1.25 bits by layer for recall"
 
 GENERATION = {
     "generation-recall": {"cq-8c6b-mixed query, tuned": RECALL},
     "generation-recall-passkey": {"cq-8c6b-mixed query, tuned": RECALL},
-    "generation-recall-prefill": {
-        "cq-8c6b-mixed query, tuned": "the same, tuned in mode prefill",
+    "generation-recall-by-layer": {"cq-8c6b-mixed query, tuned": f"{LAYERS}, tuned"},
+    "generation-recall-by-layer-passkey": {"cq-8c6b-mixed query, tuned": f"{LAYERS}, tuned"},
+    "generation-recall-by-layer-prefill": {
+        "cq-8c6b-mixed query, tuned": f"{LAYERS}, tuned in mode prefill",
     },
-    "generation-recall-before": {
-        "cq-8c6b-mixed query, tuned": "1.25 bits by layer for recall, before",
-    },
+    "generation-recall-before": {"cq-8c6b-mixed query, tuned": f"{LAYERS}, before"},
     "generation": {
-        "cq-8c6b-mixed query, tuned": "1.25 bits by layer for recall, earlier",
+        "cq-8c6b-mixed query, tuned": f"{LAYERS}, earlier",
         "cq-8c10b fisher (PAPER)": "cq-8c10b paper",
     },
 }
 """Reports on the same questions, or the first of them, and what this page calls their formats."""
+
+HEAD_COSTS = tuple(RESULTS / f"by-head-recall-at-{bits}.json" for bits in (1, 2, 4))
+"""What single heads cost on text that recalls, by which the recipe for recall gives them bits."""
 
 
 def read(name: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pages import replaced, rewrite
 from quality_reports import (
     FOUR,
     HALF_MORE,
+    HEAD_COSTS,
     LDLQ,
     MORE,
     ONE,
@@ -33,6 +34,8 @@ from quality_reports import (
     wikitext,
 )
 
+from cqtool.quality.allocate import Size, allocate, modelled_kl, usable_codes
+from cqtool.quality.costs import Curve, Part, measured_costs
 from cqtool.report.pareto import plot_pareto
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +54,8 @@ GROUPINGS = (
 
 KEPT = 0.8
 """Of the gain over the paper's method, how much shall stay on text of another domain."""
+KV_HEADS, HEAD_DIM, RATE = 3, 64, 1.25
+"""Of the model, and the bits a channel that the recipe for recall spends."""
 HALF = 40
 """Questions of each task that all formats had."""
 OF_FULL = 0.95
@@ -163,6 +168,45 @@ def layers(name: str, text_of: str) -> Iterator[str]:
     yield f"| layer | | KL | share |\n| ---: | --- | ---: | ---: |\n{rows}"
 
 
+def heads() -> Iterator[str]:
+    """Which heads cost most on text that recalls, and what it is worth to give them codes of their
+    own."""
+    report = json.loads(HEAD_COSTS[0].read_text(encoding="utf-8"))
+    costs, text = report["by_head"], report["evaluation"]
+    total = sum(one["kl"] for one in costs)
+    by_head = measured_costs(HEAD_COSTS)
+    points: dict[Part, list[tuple[float, float]]] = {}
+    for part, curve in by_head.items():
+        points.setdefault(part._replace(head=None), []).extend(curve.points)
+    # `through` takes the mean of what is measured at the same rate.
+    of_head, of_layer = Size(1, HEAD_DIM), Size(KV_HEADS, HEAD_DIM)
+    by_layer = {
+        part: Curve.through((bits, KV_HEADS * kl) for bits, kl in found)
+        for part, found in points.items()
+    }
+    expected = []
+    for curves, size in ((by_layer, of_layer), (by_head, of_head)):
+        sizes = dict.fromkeys(curves, size)
+        chosen = allocate(curves, sizes, usable_codes(None, {HEAD_DIM}), RATE)
+        expected.append(modelled_kl(curves, chosen, sizes))
+    yield (
+        f"`--by-head --mode prefill`, on {text['windows']} windows of {text['window_length']} "
+        "tokens of text that recalls, held out, 4 sinks and the last 64 tokens exact. The "
+        f"costliest of {len(costs)} at 1 bit, whose sum is {total:.4f}:"
+    )
+    rows = "\n".join(
+        f"| {one['layer']} | {one['head']} | {one['kind']}s | {one['kl']:.4f} "
+        f"| {one['kl'] / total:.1%} |"
+        for one in sorted(costs, key=lambda one: -one["kl"])[:6]
+    )
+    yield f"| layer | head | | KL | share |\n| ---: | ---: | --- | ---: | ---: |\n{rows}"
+    yield (
+        f"With such costs at 1, 2 and 4 bits, `cqtool allocate --bits {RATE}` expects "
+        f"{expected[1]:.4f} with codes by head, and would expect {expected[0]:.4f} with codes by "
+        "layer (costs of heads added up)."
+    )
+
+
 def generation_of_full(
     without: str | None = None, questions: slice = slice(None)
 ) -> Iterator[tuple[str, float, float]]:
@@ -192,6 +236,18 @@ def halves() -> str:
         _, score, error = next(generation_of_full(None, questions))
         parts.append(f"{score:.0%} ± {error:.0%}")
     return " and ".join(parts)
+
+
+def kept() -> str:
+    """Which of full precision's right answers the recall format has right too, and which others."""
+    pairs = [
+        (right, was)
+        for one in answers()[RECALL].values()
+        for right, was in zip(one.own, one.full, strict=True)
+    ]
+    both = sum(1 for right, was in pairs if right and was)
+    others = sum(1 for right, was in pairs if right and not was)
+    return f"{both} of these {sum(1 for _, was in pairs if was)}, and {others} others"
 
 
 def generation() -> Iterator[str]:
@@ -247,15 +303,16 @@ def measured() -> str:
         "keys or values of one layer coded and all else exact.",
         "\n\n".join(layers("by-layer", "the calibration text")),
         "\n\n".join(layers("by-layer-recall", "text that says again what stood long before")),
+        "\n\n".join(heads()),
         "## Generation",
         "Greedy answers at 1.25 bits with 4 sinks and the last 64 tokens exact, on a CPU. The "
-        "format by layer is that of the recipe `smollm2-135m-1.25bit-recall`, tuned with this "
+        "format by head is that of the recipe `smollm2-135m-1.25bit-recall`, tuned with this "
         "window on text that says again what stood before:",
         "\n".join(generation()),
         f"Of full precision's right answers in all tasks together: {shares()}. Without sums, of "
         "which the text that recalls gave away some before it took the form that it has now: "
         f"{shares('arithmetic')}. Of the questions that all formats had and of the others, "
-        f"{RECALL}: {halves()}.",
+        f"{RECALL}: {halves()}; it has {kept()} right.",
         "## Tuning",
         "\n".join(tuning()),
     ]
