@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,12 @@ RECALL = "1.25 bits by head for recall, tuned"
 """What was tuned for generation."""
 LAYERS = "1.25 bits by layer for recall"
 
-GENERATION = {
+OTHERS = {
+    "cq-8c6b-mixed query, tuned": None,
+    "nsnquant-1": "nsnquant-1",
+    "kivi-2": "kivi-2",
+}
+GENERATION: dict[str, Mapping[str, str | None]] = {
     "generation-recall": {"cq-8c6b-mixed query, tuned": RECALL},
     "generation-recall-passkey": {"cq-8c6b-mixed query, tuned": RECALL},
     "generation-recall-by-layer": {"cq-8c6b-mixed query, tuned": f"{LAYERS}, tuned"},
@@ -79,8 +85,11 @@ GENERATION = {
         "cq-8c6b-mixed query, tuned": f"{LAYERS}, earlier",
         "cq-8c10b fisher (PAPER)": "cq-8c10b paper",
     },
+    "generation-rivals": OTHERS,
+    "generation-rivals-passkey": OTHERS,
 }
-"""Reports on the same questions, or the first of them, and what this page calls their formats."""
+"""Reports on the same questions, or the first of them, and what this page calls their formats; None
+for what another report asked more of them."""
 
 HEAD_COSTS = tuple(RESULTS / f"by-head-recall-at-{bits}.json" for bits in (1, 2, 4))
 """What single heads cost on text that recalls, by which the recipe for recall gives them bits."""
@@ -152,9 +161,11 @@ def answers() -> dict[str, dict[str, Answers]]:
             for one, other in zip(known.own, score["per_item"], strict=False):
                 assert one == other
         for one in scores:
-            if one["format"] != unquantized:
-                of_format = found.setdefault(formats[one["format"]], {})
-                of_format[one["task"]] = _answers(one, full[one["task"]])
+            if one["format"] == unquantized:
+                continue
+            label = formats[one["format"]]
+            if label is not None:
+                found.setdefault(label, {})[one["task"]] = _answers(one, full[one["task"]])
     return found
 
 

@@ -113,8 +113,9 @@ class BenchFormat:
             return [self]
         first: dict[CacheSpec, tuple[int, tuple[int, ...]]] = {}
         for index, layer in enumerate(self.geometry.layers):
-            for spec, heads in self.spec.parts(index, layer.kv_heads).items():
-                first.setdefault(spec, (index, heads))
+            for heads in self.spec.parts(index, layer.kv_heads).values():
+                # By its own name, which says how channels are grouped.
+                first.setdefault(self.spec.of_head(index, heads[0]), (index, heads))
         return [self._only(layer, heads, spec) for spec, (layer, heads) in first.items()]
 
     def _only(self, layer: int, heads: tuple[int, ...], spec: CacheSpec) -> BenchFormat:
