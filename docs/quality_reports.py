@@ -67,7 +67,7 @@ RECALL = "1.25 bits by head for recall, tuned"
 """What was tuned for generation."""
 LAYERS = "1.25 bits by layer for recall"
 
-OTHERS = {
+OTHERS: dict[str, str | None] = {
     "cq-8c6b-mixed query, tuned": None,
     "nsnquant-1": "nsnquant-1",
     "kivi-2": "kivi-2",
