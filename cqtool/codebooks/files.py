@@ -55,7 +55,9 @@ def read_fit(file: Path) -> LayerFit | None:
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            errors = {owner: float(error) for owner, error in (opened.metadata() or {}).items()}
+            # Metadata come in any order, and a resumed calibration is to write the same bytes.
+            found = opened.metadata() or {}
+            errors = {owner: float(found[owner]) for owner in sorted(found, key=_place)}
             names = set(opened.keys())
             codebooks = {owner: opened.get_tensor(owner) for owner in errors}
             channels = {
@@ -74,3 +76,9 @@ def read_fit(file: Path) -> LayerFit | None:
     except (SafetensorError, OSError, KeyError, ValueError):
         # Fitting a layer again takes less than finding out what happened to the file.
         return None
+
+
+def _place(owner: str) -> tuple[str, int]:
+    """Where an owner such as ``key.heads.10`` stands: keys first, then by heads."""
+    kind, _, head = owner.partition(".heads.")
+    return kind, int(head or 0)

@@ -8,7 +8,9 @@ import torch
 
 from cqtool.codebooks import engines
 from cqtool.codebooks.engines import FaissEngine
+from cqtool.codebooks.files import read_fit, write_fit
 from cqtool.codebooks.fit import (
+    LayerFit,
     check_enough_samples,
     check_fits_geometry,
     codebook_seed,
@@ -271,3 +273,18 @@ def test_contiguous_groups_have_no_channels():
             CorrelatedStore(), 0, spec, "uniform", FaissEngine(5, "kmeans++"), 0, task, NO_ROTATION
         )
     assert fit.channels["key"] is None and fit.channels["value"] is not None
+
+
+def test_a_fit_comes_back_in_the_order_it_was_made_in(tmp_path):
+    owners = ["key", *(f"value.heads.{head}" for head in range(12))]
+    table = torch.zeros(1, 2, 4, 2)
+    fit = LayerFit(
+        {owner: table.clone() for owner in owners},
+        {owner: float(place) for place, owner in enumerate(owners)},
+        dict.fromkeys(owners),
+        {owner: {} for owner in owners},
+    )
+    for attempt in range(8):
+        write_fit(tmp_path / str(attempt), fit)
+        found = read_fit(tmp_path / str(attempt))
+        assert found is not None and list(found.errors.items()) == list(fit.errors.items())
