@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_heads import Store
 from typer.testing import CliRunner, Result
 
 from cqtool.artifact.speed import read_speed
@@ -37,28 +38,6 @@ sinks: 2
 layers:
   1: {key: [cq-8c4b, cq-4c3b], value: cq-8c3b}
 """
-
-
-class Store:
-    """Two heads of eight channels with samples, gradients and metrics that differ."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(5)
-        mix = torch.randn(2, 8, 8, generator=generator)
-        plain = torch.randn(300, 2, 8, generator=generator)
-        self.samples = torch.einsum("thd,hde->the", plain, mix)
-        self.gradients = torch.randn(300, 2, 8, generator=generator) * torch.tensor([[1.0], [3.0]])
-        root = torch.randn(2, 8, 8, generator=generator)
-        self.moment = root @ root.mT
-
-    def load(self, layer: int, kind: str) -> torch.Tensor:
-        return self.samples
-
-    def load_gradients(self, layer: int, kind: str) -> torch.Tensor:
-        return self.gradients
-
-    def load_moment(self, layer: int, kind: str) -> torch.Tensor:
-        return self.moment
 
 
 def fitted(spec: CacheSpec, objective: Any) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_heads import Store
 from typer.testing import CliRunner
 
 from cqtool.artifact.export import export
@@ -28,28 +29,6 @@ from cqtool.progress import SILENT
 from cqtool.quality import CheckSettings, check
 from cqtool.recipe import load_recipe
 from cqtool.spec import CacheSpec, CQSpec
-
-
-class Store:
-    """Two heads of eight channels with samples, gradients and metrics that differ in size."""
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(5)
-        mix = torch.randn(2, 8, 8, generator=generator)
-        plain = torch.randn(300, 2, 8, generator=generator)
-        self.samples = torch.einsum("thd,hde->the", plain, mix)
-        self.gradients = torch.randn(300, 2, 8, generator=generator) * torch.tensor([[1.0], [3.0]])
-        root = torch.randn(2, 8, 8, generator=generator)
-        self.moment = root @ root.mT
-
-    def load(self, layer, kind):
-        return self.samples
-
-    def load_gradients(self, layer, kind):
-        return self.gradients
-
-    def load_moment(self, layer, kind):
-        return self.moment
 
 
 def fitted(code, objective, engine):
