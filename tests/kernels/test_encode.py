@@ -7,7 +7,7 @@ import torch
 
 from cqtool.codebooks.codes import assign
 from cqtool.geometry import KeyRotation
-from cqtool.kernels.encode import Encoder, Rope
+from cqtool.kernels.encode import Encoder, Rope, op
 from cqtool.kernels.encode.config import launch_shape
 from cqtool.kernels.encode.tables import read_entries
 from cqtool.kernels.layout import (
@@ -287,3 +287,17 @@ def test_a_launch_covers_every_row_and_group(batch, tokens, groups):
         touched = -(-(tokens + 15) // TILE)
         quads = -(-touched // 4)
         assert shape.tiles == 4 and rows * shape.warps >= batch * quads and shape.span % 2 == 0
+
+
+@pytest.mark.parametrize("gained", [False, True])
+def test_the_operator_tells_torch_what_it_does(monkeypatch, gained):
+    """That it writes to storage and gains, and to nothing else, also in a compiled graph."""
+    codebook = make_codebook(CodeFormat(64, 8, 8), 2)
+    encoder = Encoder(codebook, CodeFormat(64, 8, 8))
+    storage = full_storage(encoder.format, 1, 2, 4)
+    gains = torch.zeros(1, 2, 64).half() if gained else None
+    calls = []
+    monkeypatch.setattr(op, "encode_op", lambda *args: calls.append(args))
+    encoder.encode(make_vectors(codebook, 1, 20), storage, int32(5), gains=gains)
+    monkeypatch.undo()
+    torch.library.opcheck(op.encode_op, calls[0])

@@ -15,6 +15,7 @@ from cqtool.kernels.decode.share import share
 from cqtool.kernels.decode.tables import LayerTables, RopeTable
 from cqtool.kernels.layout import CodeFormat
 from cqtool.kernels.load import load, warn_fallback
+from cqtool.kernels.operators import define_operator
 from cqtool.kernels.variants import Variant
 
 _LOG2E = 1.4426950408889634
@@ -53,7 +54,7 @@ def decode_attention(
         nothing.
     """
     dense = dense or DenseTokens()
-    out: Tensor = _decode_attention(
+    out: Tensor = _decode_op(
         query,
         coded.keys,
         coded.values,
@@ -92,7 +93,6 @@ def decode_attention(
     return out
 
 
-@torch.library.custom_op("cqtool::decode_attention", mutates_args=())
 def _decode_attention(
     query: Tensor,
     key_codes: Tensor,
@@ -312,11 +312,15 @@ def _decode_attention(
     return out
 
 
-@_decode_attention.register_fake
-def _(query: Tensor, *args: object) -> Tensor:
+def _decode_fake(query: Tensor, *args: object) -> Tensor:
     value_channels = args[8]
     assert isinstance(value_channels, Tensor)
     return query.new_empty(*query.shape[:3], value_channels.shape[1])
+
+
+_decode_op = define_operator(
+    "decode_attention", cpu=_decode_attention, cuda=_decode_attention, fake=_decode_fake
+)
 
 
 _ENTRIES = ("cq_decode", "cq_scores", "cq_values")

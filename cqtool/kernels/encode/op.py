@@ -22,6 +22,7 @@ from cqtool.kernels.encode.tables import (
 )
 from cqtool.kernels.layout import CodeFormat, KeyPlan
 from cqtool.kernels.load import load
+from cqtool.kernels.operators import define_operator
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -40,8 +41,7 @@ class Rope:
     scale: float = 1.0
 
 
-@torch.library.custom_op("cqtool::encode", mutates_args=("storage", "gains"), device_types="cpu")
-def encode_op(
+def _encode_cpu(
     x: Tensor,
     storage: Tensor,
     gains: Tensor | None,
@@ -76,12 +76,10 @@ def encode_op(
     reference.write_codes(codes, storage, column, block_table, format, is_key)
 
 
-@encode_op.register_fake
 def _encode_fake(*args: object) -> None:
     return None
 
 
-@encode_op.register_kernel("cuda")
 def _encode_cuda(
     x: Tensor,
     storage: Tensor,
@@ -147,6 +145,15 @@ def _encode_cuda(
         shape.span,
         256,
     )
+
+
+encode_op = define_operator(
+    "encode",
+    cpu=_encode_cpu,
+    cuda=_encode_cuda,
+    fake=_encode_fake,
+    mutates=("storage", "gains"),
+)
 
 
 def _pointer(tensor: Tensor | None) -> int:
