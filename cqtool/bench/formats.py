@@ -116,20 +116,32 @@ class BenchFormat:
             for heads in self.spec.parts(index, layer.kv_heads).values():
                 # By its own name, which says how channels are grouped.
                 first.setdefault(self.spec.of_head(index, heads[0]), (index, heads))
-        return [self._only(layer, heads, spec) for spec, (layer, heads) in first.items()]
+        return [self._repeated(layer, heads) for layer, heads in first.values()]
 
-    def _only(self, layer: int, heads: tuple[int, ...], spec: CacheSpec) -> BenchFormat:
+    def _repeated(self, layer: int, heads: Sequence[int]) -> BenchFormat:
+        assert self.geometry is not None
+        count = self.geometry.layers[layer].kv_heads
+        return self.of_heads(layer, [heads[index % len(heads)] for index in range(count)])
+
+    def of_heads(self, layer: int, heads: Sequence[int]) -> BenchFormat:
+        """An artifact's format of one layer that has these heads and no others.
+
+        Args:
+            layer: the artifact's layer that they are of.
+            heads: which; all have the same pair of codes, and one may come several times.
+        """
+        heads = list(heads)
+        spec = self.spec.of_head(layer, heads[0])
         assert self.codebooks and self.geometry and self.channels
-        own = self.geometry.layers[layer]
         (key, value), (key_order, value_order) = self.codebooks[layer], self.channels[layer]
+        own = replace(self.geometry.layers[layer], kv_heads=len(heads))
         geometry = replace(self.geometry, layers=(own,))
-        repeated = [heads[index % len(heads)] for index in range(own.kv_heads)]
 
         def books(stored: Books) -> Tensor:
-            return torch.cat([_of_head(stored, head) for head in repeated])
+            return torch.cat([_of_head(stored, head) for head in heads])
 
         def order(stored: Tensor | None) -> Tensor | None:
-            return None if stored is None else stored[repeated]
+            return None if stored is None else stored[heads]
 
         return BenchFormat(
             spec,

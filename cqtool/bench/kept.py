@@ -79,7 +79,7 @@ class Keeper:
         codes = {own for index, layer in layers for own in cache.parts(index, layer.kv_heads)}
         decode = "decode" in settings.chosen_parts
         rows = batches * max(
-            len(settings.tokens) * len(codes) * decode,
+            len(settings.tokens) * (len(codes) + bool(cache.layers)) * decode,
             len(settings.caches) * ("end-to-end" in settings.chosen_parts),
         )
         if rows > MAX_ROWS:

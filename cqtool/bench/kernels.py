@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cqtool.bench.formats import BenchFormat
+from cqtool.bench.layers import ModelProblem, mean_bits
 from cqtool.bench.memory import is_out_of_memory, release_memory
 from cqtool.bench.problem import AttentionLoad, CodedProblem, DenseProblem, poison_freed_memory
 from cqtool.bench.rivals import RIVALS
@@ -63,8 +64,17 @@ def bench_decode(
     formats: Sequence[BenchFormat],
     settings: KernelSettings,
     bandwidth: Bandwidth,
+    models: Sequence[BenchFormat] = (),
 ) -> dict[str, Any]:
     """Time one decode step of one layer, in 16 bits and in each format.
+
+    Args:
+        load: the step.
+        formats: of which every layer has the same codes.
+        settings: how to measure.
+        bandwidth: of the GPU's memory.
+        models: formats whose layers have codes of their own: of each, the mean of all its layers,
+            one after the other.
 
     Returns:
         ``case``; ``kernels``, one row each; ``unavailable``, names and reasons of those that could
@@ -83,9 +93,11 @@ def bench_decode(
                 unavailable.append({"name": name, "reason": reason})
         release_memory(settings.device)
     best = min(rows, key=lambda row: row["time"]["median"], default=None)
-    for format in formats:
+    timed = [(_time_format, format) for format in formats]
+    timed += [(_time_model, format) for format in models]
+    for time, format in timed:
         try:
-            rows.append(_time_format(format, load, settings, bandwidth))
+            rows.append(time(format, load, settings, bandwidth))
         except (KernelError, WrongResult, ValueError, torch.cuda.OutOfMemoryError) as error:
             unavailable.append({"name": format.name, "reason": reason_of(error)})
         release_memory(settings.device)
@@ -141,6 +153,29 @@ def _time_format(
             "warps": launch.warps,
         },
     }
+
+
+def _time_model(
+    format: BenchFormat, load: AttentionLoad, settings: KernelSettings, bandwidth: Bandwidth
+) -> dict[str, Any]:
+    bits, layers = mean_bits(format), len(format.geometry.layers) if format.geometry else 0
+    size = int(layers * load.bytes_16bit * bits / 16)
+    copies = copies_beyond_cache(size, settings.cache_bytes)
+    problem = ModelProblem(load, format, settings.dtype, settings.device, copies, settings.seed)
+    problem.load_kernels()
+    error = require_right(problem.error(), settings.dtype)
+    spread = time_calls(problem.calls(), settings.repeats)
+    parts = problem.parts
+    row = _row(
+        "cqtool",
+        f"{format.name}, mean of {layers} layers",
+        spread,
+        sum(part.bytes_read for part in parts) // layers,
+        sum(part.code_bytes for part in parts) // layers,
+        error,
+        bandwidth,
+    )
+    return row | {"bits_per_channel": bits, "kernel": {"layers": layers, "parts": len(parts)}}
 
 
 def _row(

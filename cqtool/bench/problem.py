@@ -209,7 +209,10 @@ class CodedProblem:
     def error(self, copy: int = 0) -> float:
         """Relative error of the first and last row to float64; NaN when any row is not finite."""
         poison_freed_memory(self.queries[0])
-        found = self.attend(copy)
+        return self.error_of(self.attend(copy), copy)
+
+    def error_of(self, found: Tensor, copy: int = 0) -> float:
+        """:meth:`error` of an answer ``[batch, heads, 1, head_dim]``."""
         if not bool(torch.isfinite(found).all()):
             return math.nan
         rows = sorted({0, self.load.batch - 1})

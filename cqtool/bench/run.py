@@ -181,6 +181,7 @@ def _run_kernels(
     progress: Progress,
     checkpoint: Checkpoint,
 ) -> None:
+    models = [format for format in formats if format.spec.layers]
     formats = [one for format in formats for one in format.of_each_code]
     codes = {format.name: format.spec.name for format in formats}
     bandwidth = measure_bandwidth(kernels.device)
@@ -190,7 +191,7 @@ def _run_kernels(
         with progress.task("Decode attention", len(loads)) as task:
             for load in loads:
                 progress.note(load.name)
-                found = bench_decode(load, formats, kernels, bandwidth)
+                found = bench_decode(load, formats, kernels, bandwidth, models)
                 for row in found["kernels"]:
                     row["target"] = (
                         decode_target(load.name, codes.get(row["format"], ""))

@@ -19,8 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from cqtool.cache.fused import MARK
-from cqtool.cache.heads import ATTENDING
+from cqtool.cache.fused import MARK, FusedLayer
 from cqtool.cache.passes import PassState
 from cqtool.cache.tiled import FEW
 from cqtool.geometry import ModelGeometry
@@ -73,7 +72,7 @@ class Switch:
         # A model may make several masks in a pass, for layers of several kinds.
         if not self.state.mask_skipped:
             self.state.mask_skipped = all(
-                isinstance(each, ATTENDING) and each.can_attend(new) for each in self.layers
+                isinstance(each, FusedLayer) and each.can_attend(new) for each in self.layers
             )
         return self.state.mask_skipped
 
@@ -177,7 +176,7 @@ def attend(
         ``[batch, tokens, heads, head_dim]`` and no weights.
     """
     layer = getattr(key, MARK, None)
-    if isinstance(layer, ATTENDING):
+    if isinstance(layer, FusedLayer):
         out = layer.attend(query, _scale(query, kwargs), float(kwargs.get("softcap") or 0.0))
         return out.transpose(1, 2), None
     config = getattr(module, "config", None)

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from cqtool.cache.attention import Switch
 from cqtool.cache.codec import CQCodec, HeadsCodec, TokenCodec
 from cqtool.cache.format import CacheFormat
-from cqtool.cache.heads import ATTENDING, HeadsLayer, fused_layer
+from cqtool.cache.fused import FusedLayer
 from cqtool.cache.joining import check_alike, check_counts, join_layers, join_rows
 from cqtool.cache.layer import CQLayer
 from cqtool.cache.layer_kernels import unsupported
@@ -73,14 +73,14 @@ class CQCache(Cache):
         fused = _fusable_layers(format, model, implementation)
         sources = {layer.rotation.source for layer in format.geometry.layers} - {None}
         self._rotary = {source: RotaryHistory() for source in sources}
-        layers: list[CQLayer | HeadsLayer] = []
+        layers: list[CQLayer] = []
         for index, (geometry, codecs) in enumerate(
             zip(format.geometry.layers, format.layers, strict=True)
         ):
             rotary = self._rotary.get(geometry.rotation.source)
             shared = (format.window, self._sinks, rotary, self._tap)
             layers.append(
-                fused_layer(index, geometry, codecs, *shared, self.state, max_cache_len)
+                FusedLayer(index, geometry, codecs, *shared, self.state, max_cache_len)
                 if index in fused
                 else CQLayer(index, geometry, codecs, *shared)
             )
@@ -214,11 +214,7 @@ class CQCache(Cache):
 
     @property
     def _cq_layers(self) -> list[CQLayer]:
-        """All that tokens are stored in: a layer whose heads have codes of their own is several."""
-        parts = (
-            layer.parts if isinstance(layer, HeadsLayer) else (layer,) for layer in self.layers
-        )
-        return [part for each in parts for part in each if isinstance(part, CQLayer)]
+        return [layer for layer in self.layers if isinstance(layer, CQLayer)]
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         self._sinks.map_batch(change)
@@ -228,7 +224,7 @@ class CQCache(Cache):
     @property
     def implementation(self) -> str:
         """``fused``, ``reference``, or how many of the layers are fused."""
-        fused = sum(isinstance(layer, ATTENDING) for layer in self.layers)
+        fused = sum(isinstance(layer, FusedLayer) for layer in self.layers)
         if fused in (0, len(self.layers)):
             return "fused" if fused else "reference"
         return f"fused in {fused} of {len(self.layers)} layers"

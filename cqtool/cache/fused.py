@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cqtool.cache.tiled import DTYPES, FEW, TiledLayer
 from cqtool.kernels.decode.arguments import CodedTokens, Columns, DenseTokens
-from cqtool.kernels.decode.op import decode_attention
+from cqtool.kernels.decode.parts import CodedPart, decode_parts
 
 MARK = "_cqtool_layer"
 """The attribute by which a key tensor names the layer that is to attend."""
@@ -65,7 +65,7 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
             and self.length > 0
             and new <= FEW
             and self.dtype in DTYPES
-            and (self.key_rotation.style == "none" or self._rope() is not None)
+            and (self.key_rotation.style == "none" or self._ropes() is not None)
             and self.state.mask_kind(new, self.length + new) != "unfit"
         )
 
@@ -81,8 +81,7 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
             ``[batch, heads, tokens, value_dim]``.
         """
         self.pending = False
-        state, store = self.state, self.stores["key"]
-        base, sliding = store.base, self.sliding_window or 0
+        state, base, sliding = self.state, self.base, self.sliding_window or 0
         dtype = query.dtype
         query = query.to(self.dtype)
         if query.stride(3) != 1:
@@ -91,11 +90,10 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
         has_ring = self.keys.shape[2] > 0
         # Once columns are dropped, no sink is in sight any more.
         has_sinks = bool(self.kept) and base == 0
-        found = decode_attention(
+        found = decode_parts(
             query,
-            CodedTokens(store.tiles, self.stores["value"].tiles, max(1, self.coded_end - base)),
-            self.kernels.tables,
-            self._rope() or self.kernels.tables.no_rope,
+            self._coded_parts(max(1, self.coded_end - base)),
+            self.order,
             Columns(
                 first=state.first(base, self.device),
                 coded=state.column(self.coded_end - base, self.device),
@@ -118,6 +116,17 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
             self._settle(self.length - self.window)
         self._slide(self.length)
         return found.to(dtype)
+
+    def _coded_parts(self, tokens: int) -> list[CodedPart]:
+        ropes = self._ropes() or [part.kernels.tables.no_rope for part in self.parts]
+        return [
+            CodedPart(
+                CodedTokens(part.stores["key"].tiles, part.stores["value"].tiles, tokens),
+                part.kernels.tables,
+                rope,
+            )
+            for part, rope in zip(self.parts, ropes, strict=True)
+        ]
 
     def _take_marked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if keys.shape[2] == 1:

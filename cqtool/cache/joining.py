@@ -61,9 +61,9 @@ def join_layers(layers: Sequence[CQLayer], max_length: int | None) -> None:
 def _join_codes(layers: Sequence[TiledLayer], max_length: int | None) -> None:
     first, *others = layers
     first.max_length = max_length or first.max_length
-    for name, store in first.stores.items():
+    for store, *more in zip(first.stores, *(other.stores for other in others), strict=True):
         store.expected = first.expected
-        store.join([other.stores[name] for other in others])
+        store.join(more)
     if any(layer.keys is not None and layer.keys.shape[2] for layer in layers):
         for layer in layers:
             layer.make_ring()
@@ -78,7 +78,7 @@ def join_rows(maps: Sequence[MapBatch]) -> None:
 
 
 def _columns(layer: CQLayer) -> tuple[int, ...]:
-    stores = layer.stores.values() if isinstance(layer, TiledLayer) else ()
+    stores = layer.stores if isinstance(layer, TiledLayer) else ()
     bases = (number for store in stores for number in (store.base, store.end))
     return (layer.start, layer.coded_end, layer.length, *bases)
 

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from cqtool.cache.coded_heads import CodedHeads
 from cqtool.cache.format import LayerCodecs
+from cqtool.cache.head_parts import head_parts
 from cqtool.cache.layer import CQLayer
-from cqtool.cache.layer_kernels import layer_kernels
 from cqtool.cache.passes import PassState
 from cqtool.cache.ring import make_ring, put
 from cqtool.cache.rotary import RotaryHistory
 from cqtool.cache.sinks import SinkColumns
 from cqtool.cache.tiles import TileStore
 from cqtool.geometry import LayerGeometry
+from cqtool.kernels.decode.parts import HeadOrder
 from cqtool.kernels.decode.tables import RopeTable
-from cqtool.kernels.encode import Rope
 from cqtool.kernels.layout import TILE
 from cqtool.models.rotation import rotate, unrotate
 from cqtool.models.tap import AttentionTap
@@ -76,19 +78,17 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
 
     def _clear(self) -> None:
         super()._clear()
-        self.stores: dict[str, TileStore] = {}
-        self._known_rope: tuple[Tensor, RopeTable] | None = None
+        # Heads with the same pair of codes together: all of them in most layers.
+        self.parts: list[CodedHeads] = []
+        self._known_ropes: tuple[Tensor, list[RopeTable]] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Learn dtype, device and batch from the first states, and make room for a window."""
         super().lazy_initialization(key_states, value_states)
-        self.kernels = layer_kernels(self.geometry, self.shared_codecs, self.device)
-        expected = self.expected
-        for name, states in (("key", key_states), ("value", value_states)):
-            batch, heads = states.shape[:2]
-            store = TileStore(batch, heads, self.kernels.tile_bytes(name), self.device, expected)
-            store.reserve(1)
-            self.stores[name] = store
+        parts = head_parts(self.geometry, self.shared_codecs)
+        self.order = HeadOrder([part.heads for part in parts])
+        batch = key_states.shape[0]
+        self.parts = [CodedHeads(part, batch, self.device, self.expected) for part in parts]
         # No view of the states, which would keep a whole prompt in memory.
         self.keys = make_ring(key_states, 0, self.dtype)
         self.values = make_ring(value_states, 0, self.dtype)
@@ -153,9 +153,19 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         """Give up tiles before `start`, and before `stop`; returns the first column kept."""
         # Sinks are found by the first column of a row, so none may go while one is in sight.
         if self.start >= self.sinks.limit:
-            for store in self.stores.values():
+            for store in self.stores:
                 store.drop_before(min(self.start, stop) // self.unit * self.unit)
-        return self.stores["key"].base
+        return self.base
+
+    @property
+    def stores(self) -> list[TileStore]:
+        """Where the codes of all parts lie."""
+        return [store for part in self.parts for store in part.stores.values()]
+
+    @property
+    def base(self) -> int:
+        """The first column that codes are kept of, the same for all parts."""
+        return self.parts[0].stores["key"].base
 
     def _encode_columns(self, keys: Tensor, values: Tensor, column: int) -> None:
         """Encode tokens ``[batch, kv_heads, n, head_dim]`` that follow the last coded one."""
@@ -173,13 +183,11 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         if name in self.kept and column < self.sinks.limit:
             kept = self.sinks.capture(self.kept[name], states, column)
             self.kept[name] = kept.contiguous()
-        store, encoder = self.stores[name], self.kernels.encoders[name]
-        assert store.end == column
-        rope, position = None, None
+        ropes: list[RopeTable] | None = None
+        position = None
         if name == "key" and self.key_rotation.style != "none":
-            table = self._rope()
-            if table is not None:
-                rope = Rope(table.steps, table.scale)
+            ropes = self._ropes()
+            if ropes is not None:
                 position = self._position(column)
             else:
                 assert self.rotary is not None
@@ -187,12 +195,11 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
                 states = unrotate(states, cos, sin, self.key_rotation)
         if states.dtype not in DTYPES:
             states = states.float()
-
-        def write(tiles: Tensor, place: int) -> None:
-            at = self.state.column(place, self.device)
-            encoder.encode(states, tiles, at, position=position, rope=rope)
-
-        store.append(states.shape[2], write)
+        place = partial(self.state.column, device=self.device)
+        for index, (part, own) in enumerate(
+            zip(self.parts, self.order.divide(states), strict=True)
+        ):
+            part.append(name, own, column, place, position, ropes[index] if ropes else None)
 
     def _materialize(self, new: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of the columns from `start` on in the model's dtype, `new` ones last."""
@@ -215,8 +222,7 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         return found[0], found[1]
 
     def _decode(self, name: str, begin: int, stop: int) -> Tensor:
-        codes = self.stores[name].read(begin, stop, self.kernels.unpack[name])
-        vectors = self.kernels.decode(name, codes)
+        vectors = self.order.join([part.decode(name, begin, stop) for part in self.parts])
         if name == "key" and self.key_rotation.style != "none":
             assert self.rotary is not None
             cos, sin = self.rotary.angles(begin, stop)
@@ -224,8 +230,8 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         vectors = vectors.to(self.dtype)
         return self.sinks.overlay(vectors, self.kept[name], begin) if self.kept else vectors
 
-    def _rope(self) -> RopeTable | None:
-        """The RoPE table that turned every key, None without one or where positions jump."""
+    def _ropes(self) -> list[RopeTable] | None:
+        """The RoPE table of each part; None without one, or where positions jump."""
         if self.key_rotation.style == "none" or self.rotary is None:
             return None
         table, start = self.rotary.table, self.sinks.start
@@ -235,13 +241,14 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         if scale != 1 and self.key_rotation.dim < self.geometry.key_dim:
             # The kernels scale a whole key, the model only what it turns.
             return None
-        known = self._known_rope
+        known = self._known_ropes
         if known is None or known[0] is not inv_freq:
-            known = self._known_rope = inv_freq, self.kernels.rope(inv_freq, scale)
+            tables = [part.kernels.rope(inv_freq, scale) for part in self.parts]
+            known = self._known_ropes = inv_freq, tables
         return known[1]
 
     def _needs_angles(self) -> bool:
-        return self.key_rotation.style != "none" and self._rope() is None
+        return self.key_rotation.style != "none" and self._ropes() is None
 
     @staticmethod
     def _chunk(states: Tensor) -> int:
@@ -270,7 +277,7 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         if not self._shorten(tokens_to_remove):
             return
         self.coded_end = min(self.coded_end, self.length)
-        for store in self.stores.values():
+        for store in self.stores:
             store.crop(self.coded_end)
         if self.sliding_window is not None:
             recording, self.record_past = self.record_past, False
@@ -281,7 +288,7 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
         """Apply a change of the batch dimension to every stored tensor."""
         self.map_dense(change)
         with torch.inference_mode(False):
-            for store in self.stores.values():
+            for store in self.stores:
                 store.map_batch(change)
 
     def map_dense(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -292,7 +299,7 @@ class TiledLayer(CQLayer):  # type: ignore[no-untyped-call]
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors of the layer with their reserves, codebooks not counted."""
-        return super().nbytes + sum(store.nbytes for store in self.stores.values())
+        return super().nbytes + sum(store.nbytes for store in self.stores)
 
     @property
     def nbytes_full(self) -> int:

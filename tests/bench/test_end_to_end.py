@@ -138,7 +138,7 @@ def test_the_last_steps_are_tried_with_the_room_of_a_whole_text(
     decode = runner.decode
 
     def tiles(cache: Any) -> list[int]:
-        return [store.tiles.shape[2] for layer in cache.layers for store in layer.stores.values()]
+        return [store.tiles.shape[2] for layer in cache.layers for store in layer.stores]
 
     def look(ids: torch.Tensor, cache: Any, new: int) -> torch.Tensor:
         before = tiles(cache)

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from mixed_bench import BITS, KEYS, mixed_format
 from torch.nn.functional import scaled_dot_product_attention
 
 from cqtool.bench import encode, kernels
 from cqtool.bench.encode import EncodeProblem, bench_encode
 from cqtool.bench.formats import BenchFormat, parse_formats
 from cqtool.bench.kernels import KernelSettings, bench_decode
+from cqtool.bench.layers import ModelProblem
 from cqtool.bench.models import find_target
 from cqtool.bench.problem import AttentionLoad, CodedProblem, DenseProblem
 from cqtool.bench.tables import tables
@@ -178,6 +180,36 @@ def test_decode_rows_refer_to_the_best_rival_of_the_same_run(settings: KernelSet
     missing = {row["name"]: row["reason"] for row in found["unavailable"]}
     assert missing["flash-attn 2"] == "not installed"
     assert "sdpa cudnn" in missing
+
+
+def test_the_row_of_a_whole_format_is_the_mean_of_its_layers(settings: KernelSettings) -> None:
+    format, load = mixed_format(), AttentionLoad("a case", 2, 8, 4, 64, 37)
+    found = bench_decode(load, format.of_each_code, settings, BANDWIDTH, [format])
+    json.dumps(found, allow_nan=False)
+    *pairs, row = [row for row in found["kernels"] if row["name"] == "cqtool"]
+    assert [each["format"] for each in pairs] == [
+        "cq-8c8b", "k-cq-4c8b-v-cq-8c8b", "k-cq-8c6b-v-cq-8c8b",
+    ]  # fmt: skip
+    assert row["format"] == "cq-8c8b-mixed, mean of 2 layers"
+    assert row["kernel"] == {"layers": 2, "parts": 4}
+    bits = (sum(BITS[name] for name in KEYS) + 4) / 8
+    assert row["bits_per_channel"] == pytest.approx((bits + 1) / 2)
+    # 37 tokens are three tiles.
+    stored = 48 / 37 * load.bytes_16bit * row["bits_per_channel"] / 16
+    assert row["cache_bytes"] == pytest.approx(stored)
+    assert 0 < row["relative_error"] < 1e-2
+    assert row["speedup"] > 0
+
+
+def test_a_format_by_head_is_checked_head_by_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    format, load = mixed_format(), AttentionLoad("a case", 1, 8, 4, 64, 37)
+    problem = ModelProblem(load, format, torch.float32, CPU)
+    assert [len(layer.problems) for layer in problem.layers] == [3, 1]
+    assert problem.error() < 1e-5
+    part = problem.layers[0].problems[2]
+    expected = part.expected
+    monkeypatch.setattr(part, "expected", lambda *args: 1.02 * expected(*args))
+    assert problem.error() == pytest.approx(0.02, rel=0.05)
 
 
 def test_a_wrong_result_gets_no_time(

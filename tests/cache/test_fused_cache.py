@@ -156,7 +156,9 @@ def test_groups_of_any_channels_of_each_head(name, key, keys, pairing, window, a
     sizes = [15, 1, 1, 5, 12, *[1] * 5]
     fused = same(model, format, lambda cache: feed(model, cache, ids, sizes, mask)[:, 3:])
     turned = [layer for layer in fused.layers if layer.key_rotation.style != "none"]
-    assert {layer.kernels.tables.pairing for layer in turned or fused.layers} == {pairing}
+    assert {
+        part.kernels.tables.pairing for layer in turned or fused.layers for part in layer.parts
+    } == {pairing}
     # In the pass over 12 tokens everything is decoded.
     assert {tokens for _, tokens in attended} == {1, 5}
     with torch.no_grad():
@@ -206,7 +208,7 @@ def test_a_sliding_layer_drops_what_it_has_passed(window, sinks, prompt, attende
     fused = same(model, format, lambda cache: feed(model, cache, ids, sizes, mask)[:, prompt:])
     assert len(attended) == 2 * 105
     layer = fused.layers[0]
-    store = layer.stores["key"]
+    store = layer.parts[0].stores["key"]
     assert store.base > 0 and store.base % layer.unit == 0
     assert layer.capacity < min(window, 16 + 8) + 16
     assert store.end - store.base <= 16 + layer.unit + 8
@@ -223,7 +225,7 @@ def test_storage_is_moved_when_it_is_full(attended):
         for token in ids[:, 250:].split(1, dim=1):
             logits.append(feed(model, cache, token, [1])[:, 0])
             if cache.implementation == "fused":
-                moved.add(cache.layers[0].stores["value"].tiles.shape[2])
+                moved.add(cache.layers[0].parts[0].stores["value"].tiles.shape[2])
         return torch.stack(logits)
 
     same(model, kernel_format(model, window=0, sinks=1), drive)
@@ -514,7 +516,7 @@ def test_a_pass_that_fails_leaves_the_model_as_it_was(monkeypatch):
     with torch.no_grad():
         feed(model, cache, ids, [9])
         with monkeypatch.context() as patch:
-            patch.setattr(fused_module, "decode_attention", fail)
+            patch.setattr(fused_module, "decode_parts", fail)
             with pytest.raises(ZeroDivisionError):
                 feed(model, cache, ids, [1])
         assert model.config._attn_implementation == "sdpa"
@@ -623,7 +625,7 @@ def test_what_is_counted_is_what_is_held_in_memory():
     for layer in cache.layers:
         assert not layer.coded
         tensors += [layer.keys, layer.values, *layer.kept.values()]
-        tensors += [store.tiles for store in layer.stores.values()]
+        tensors += [store.tiles for store in layer.stores]
     held = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     positions_and_frequencies = 320 * 4 + 32 * 4
     assert cache.nbytes == held + positions_and_frequencies
@@ -635,7 +637,7 @@ def test_what_is_counted_is_what_is_held_in_memory():
 
 def stored(cache):
     """The tiles of every layer's keys and values."""
-    return [store.tiles for layer in cache.layers for store in layer.stores.values()]
+    return [store.tiles for layer in cache.layers for store in layer.stores]
 
 
 def test_without_a_window_nothing_is_kept_in_full_until_a_pass_needs_it(attended):

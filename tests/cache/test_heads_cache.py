@@ -17,7 +17,6 @@ from cqtool.cache import CQCache, CQCodec, LayerCodecs
 from cqtool.cache.codec import HeadsCodec
 from cqtool.cache.fused import FusedLayer
 from cqtool.cache.head_parts import head_parts
-from cqtool.cache.heads import HeadsLayer
 from cqtool.errors import KernelsUnavailable
 from cqtool.schemes.scalar import IntCodec
 
@@ -61,9 +60,9 @@ def test_prompts_steps_and_passes_over_several_tokens(name, window, sinks, atten
     # What padding attends to is nobody's business.
     fused = same(model, format, lambda cache: feed(model, cache, ids, sizes, mask)[:, 5:])
     assert [len(layer.parts) for layer in fused.layers] == [2, 2]
-    # Each part attends once a layer and pass; in the passes over 40 and 12 everything is decoded.
+    # Once a layer and pass; in the passes over 40 and 12 everything is decoded.
     few = [1, 1, 5, *[1] * 12, 8, 1]
-    assert attended == [(layer, new) for new in few for layer in (0, 0, 1, 1)]
+    assert attended == [(layer, new) for new in few for layer in (0, 1)]
 
 
 @pytest.mark.parametrize("keys", ["random", "pairs", "mixed"])
@@ -76,7 +75,7 @@ def test_groups_and_metrics_of_each_head(keys, attended):
     # "mixed" leaves the first head's groups contiguous; the other of its part has other ones.
     format = by_head([[wide, narrow, wide], [narrow, wide, wide]])
     same(model, format, lambda cache: feed(model, cache, ids, [20, *[1] * 10]))
-    assert len(attended) == 10 * 4
+    assert len(attended) == 10 * 2
 
 
 @pytest.mark.parametrize("name", ["wide-llama-gqa", "wide-mistral-gqa"])
@@ -174,7 +173,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_is(attended):
     )
     error, limit = (float((each - expected).norm()) for each in (found, unavoidable))
     assert error < 1.2 * limit + 0.01 * float(expected.norm())
-    assert len(attended) == 12 * 4
+    assert len(attended) == 12 * 2
 
 
 def test_what_is_counted_is_what_the_codes_of_each_head_take():
@@ -187,12 +186,7 @@ def test_what_is_counted_is_what_the_codes_of_each_head_take():
     assert cache.nbytes == codes + 320 * 4 + 32 * 4  # positions and frequencies
     assert cache.nbytes_full == 320 * 2 * 3 * 2 * 64 * 4
     assert sum(layer.nbytes for layer in cache.layers) == codes
-    held = [
-        store.tiles.nbytes
-        for layer in cache.layers
-        for part in layer.parts
-        for store in part.stores.values()
-    ]
+    held = [store.tiles.nbytes for layer in cache.layers for store in layer.stores]
     assert sum(held) == codes
 
 
@@ -206,7 +200,7 @@ def test_heads_with_the_same_code_are_the_plain_layer_to_the_last_bit(keys):
     expected, found = (feed(model, cache, ids, [20, 1, 5, 9, *[1] * 5]) for cache in caches)
     assert torch.equal(found, expected)
     assert caches[0].nbytes == caches[1].nbytes
-    assert all(type(layer) is FusedLayer for layer in caches[1].layers)
+    assert all(len(layer.parts) == 1 for layer in caches[1].layers)
 
 
 @pytest.mark.parametrize("apart", ["key", "value"])
@@ -220,7 +214,7 @@ def test_heads_apart_in_keys_or_values_alone(apart, attended):
     )
     mixed = replace(format, layers=tuple(layers))
     same(model, mixed, lambda cache: feed(model, cache, ids, [20, *[1] * 6]))
-    assert len(attended) == 6 * 4
+    assert len(attended) == 6 * 2
 
 
 def test_caches_of_a_format_share_the_kernels_tables():
@@ -264,7 +258,7 @@ def test_heads_that_no_kernel_serves_are_told():
             CQCache(replace(format, layers=(layer,) * 2), model, "fused")
         mixed = CQCache(replace(format, layers=(layer, format.layers[1])), model, "fused")
         assert mixed.implementation == "fused in 1 of 2 layers"
-        assert isinstance(mixed.layers[1], HeadsLayer)
+        assert isinstance(mixed.layers[1], FusedLayer)
 
 
 def test_a_pass_over_one_token_makes_no_mask(attended):

@@ -98,7 +98,7 @@ def test_a_joined_cache_has_the_room_it_is_given_and_its_parts_only_theirs(
         joined = CQCache.join(parts, max_cache_len=60)
         assert joined.nbytes == whole.nbytes
         if implementation == "fused":
-            stores = [layer.stores["key"] for layer in joined.layers]  # type: ignore[attr-defined]
+            stores = [layer.parts[0].stores["key"] for layer in joined.layers]  # type: ignore[attr-defined]
             before = [store.tiles for store in stores]
             assert {tiles.shape[2] for tiles in before} == {4}
         for step in range(40):
@@ -118,7 +118,7 @@ def test_one_cache_alone_is_joined_with_more_room() -> None:
         model(ids, past_key_values=cache)
         joined = CQCache.join([cache], max_cache_len=100)
         joined.batch_repeat_interleave(3)
-        assert joined.layers[0].stores["value"].tiles.shape[::2] == (3, 7)  # type: ignore[attr-defined]
+        assert joined.layers[0].parts[0].stores["value"].tiles.shape[::2] == (3, 7)  # type: ignore[attr-defined]
         token = random_ids(1, 1, seed=1)
         found = model(token.expand(3, 1), past_key_values=joined).logits
         other = CQCache(kernel_format(model), model, "fused")

@@ -156,7 +156,9 @@ def test_formats_of_keys_and_values(key, value, attended):
 def test_groups_of_any_channels_of_each_head(name, key, keys, pairing, dtype, attended):
     sizes = [300, *[1] * 20, 4, 30, 1]
     cache = check(name, dtype, sizes, key=key, keys=keys, window=7, sinks=2)
-    assert pairing in {layer.kernels.tables.pairing for layer in cache.layers}
+    assert pairing in {
+        part.kernels.tables.pairing for layer in cache.layers for part in layer.parts
+    }
     # In the pass over 30 tokens everything is decoded.
     assert len(attended) == 22 * len(cache.layers)
 

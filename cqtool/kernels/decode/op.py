@@ -33,6 +33,7 @@ def decode_attention(
     sliding: int = 0,
     softcap: float = 0.0,
     mask: Tensor | None = None,
+    beside: int = 0,
 ) -> Tensor:
     """Attention of new tokens over a coded cache, one softmax over all its parts.
 
@@ -48,6 +49,7 @@ def decode_attention(
         sliding: columns a token attends to, its own included; 0 for all.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
         mask: uint8 ``[batch, columns]``, zero where a column is not to be seen.
+        beside: key/value heads of other calls that run at the same time, to leave room for.
 
     Returns:
         ``[batch, heads, tokens, value_dim]`` in the query's dtype, zeros for a row that sees
@@ -89,6 +91,7 @@ def decode_attention(
         rope.scale,
         sliding,
         softcap,
+        beside,
     )
     return out
 
@@ -128,6 +131,7 @@ def _decode_attention(
     rope_scale: float,
     sliding: int,
     softcap: float,
+    beside: int,
 ) -> Tensor:
     kv_heads, pairs = steps.shape
     batch, heads, length, _ = query.shape
@@ -187,7 +191,8 @@ def _decode_attention(
         return out
     launch, modules, finish, processors = kernels
     dense = recent_keys is not None or sink_keys is not None
-    cut = share(batch, kv_heads, tokens, launch, processors, finish=dense)
+    room = processors * kv_heads // (kv_heads + beside)
+    cut = share(batch, kv_heads, tokens, launch, room, finish=dense)
     rows = case.row_groups * case.row_block
     # With one split and nothing to add the kernel writes the result itself.
     partial = dense or cut.splits > 1

@@ -33,7 +33,7 @@ def share(
         kv_heads: heads, each with tables of its own.
         tokens: most coded tokens of a row.
         launch: the kernels' constants.
-        sms: multiprocessors of the GPU.
+        sms: multiprocessors of the GPU, or as many as are to be filled.
         finish: whether cq_finish runs even where one split would not need it.
     """
     steps = max(1, _ceil(_ceil(tokens, 16), launch.tiles))

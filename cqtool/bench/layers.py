@@ -1,0 +1,139 @@
+"""Decode attention of a whole format, whose codes differ from layer to layer or head to head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cqtool.bench.formats import BenchFormat
+from cqtool.bench.problem import AttentionLoad, CodedProblem, poison_freed_memory
+from cqtool.kernels.decode.parts import CodedPart, HeadOrder, decode_parts
+
+
+class LayerProblem:
+    """One layer's cache of random codes, each head's in the format that it has there.
+
+    Args:
+        load: the decode step.
+        format: an artifact's.
+        layer: the layer's index.
+        dtype: of queries and output.
+        device: where.
+        copies: sets of codes and queries.
+        seed: of everything random.
+
+    Attributes:
+        problems: one for each pair of codes, of the heads that have it.
+    """
+
+    def __init__(
+        self,
+        load: AttentionLoad,
+        format: BenchFormat,
+        layer: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        copies: int = 1,
+        seed: int = 0,
+    ) -> None:
+        readers = load.heads // load.kv_heads
+        parts = list(format.spec.parts(layer, load.kv_heads).values())
+        self.load, self.order = load, HeadOrder(parts)
+        self.problems = [
+            CodedProblem(
+                replace(load, kv_heads=len(heads), heads=len(heads) * readers),
+                format.of_heads(layer, heads),
+                dtype,
+                device,
+                copies,
+                seed + load.kv_heads * layer + heads[0],
+            )
+            for heads in parts
+        ]
+        queries = zip(*(problem.queries for problem in self.problems), strict=True)
+        self.queries = [self.order.join(own) for own in queries]
+
+    def attend(self, copy: int = 0) -> Tensor:
+        """Run the operator on all heads; ``[batch, heads, 1, head_dim]``."""
+        parts = [
+            CodedPart(problem.coded[copy], problem.tables, problem.rope)
+            for problem in self.problems
+        ]
+        columns, scale = self.problems[0].columns, 1 / math.sqrt(self.load.head_dim)
+        return decode_parts(self.queries[copy], parts, self.order, columns, scale=scale)
+
+    def error(self) -> float:
+        """Relative error of the worst part to float64; NaN when any row is not finite."""
+        poison_freed_memory(self.queries[0])
+        pairs = zip(self.problems, self.order.divide(self.attend()), strict=True)
+        return _worst([problem.error_of(own) for problem, own in pairs])
+
+
+class ModelProblem:
+    """The caches of all layers of a format, to be attended to one after the other as a step does.
+
+    Args:
+        load: the decode step of one layer.
+        format: an artifact's.
+        dtype: of queries and output.
+        device: where.
+        copies: sets of codes and queries.
+        seed: of everything random.
+
+    Attributes:
+        layers: one problem each.
+    """
+
+    def __init__(
+        self,
+        load: AttentionLoad,
+        format: BenchFormat,
+        dtype: torch.dtype,
+        device: torch.device,
+        copies: int = 1,
+        seed: int = 0,
+    ) -> None:
+        assert format.geometry is not None
+        self.copies = copies
+        self.layers = [
+            LayerProblem(load, format, layer, dtype, device, copies, seed)
+            for layer in range(len(format.geometry.layers))
+        ]
+
+    def load_kernels(self) -> None:
+        """Compile and load the kernels; see :meth:`CodedProblem.load_kernels`."""
+        for part in self.parts:
+            part.load_kernels()
+
+    def error(self) -> float:
+        """Relative error of the worst layer to float64; NaN when any is not finite."""
+        return _worst([layer.error() for layer in self.layers])
+
+    def calls(self) -> list[Callable[[], object]]:
+        """The layers' attention in the order of a step, step after step."""
+        return [partial(layer.attend, copy) for copy in range(self.copies) for layer in self.layers]
+
+    @property
+    def parts(self) -> list[CodedProblem]:
+        """What the kernels take at once, of all layers."""
+        return [problem for layer in self.layers for problem in layer.problems]
+
+
+def mean_bits(format: BenchFormat) -> float:
+    """Bits a channel of an artifact's codes, over all layers and heads."""
+    assert format.geometry is not None
+    bits = [
+        format.spec.of_head(index, head).bits_per_channel
+        for index, layer in enumerate(format.geometry.layers)
+        for head in range(layer.kv_heads)
+    ]
+    return sum(bits) / len(bits)
+
+
+def _worst(errors: Sequence[float]) -> float:
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
