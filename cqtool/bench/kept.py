@@ -57,6 +57,10 @@ class Keeper:
         """
         if settings.artifact is None or settings.target is None:
             raise RecipeError(f"--keep keeps a bench with the codebooks it measured; {_REMEDY}.")
+        if settings.formats:
+            raise RecipeError(
+                "--keep keeps what is measured of the artifact alone; leave out --format."
+            )
         folder = Path(settings.artifact)
         if not folder.is_dir():
             raise RecipeError(

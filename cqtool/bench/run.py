@@ -116,19 +116,16 @@ def _wanted(settings: BenchSettings, formats: Sequence[BenchFormat]) -> Sequence
 
 
 def _formats(settings: BenchSettings, target: Target) -> list[BenchFormat]:
-    if settings.artifact is None:
-        formats = parse_formats(
-            settings.chosen_formats,
-            settings.window or 0,
-            settings.sinks or 0,
-            settings.groupings or ("contiguous",),
-        )
-    else:
+    window, sinks = settings.window, settings.sinks
+    formats = []
+    if settings.artifact is not None:
         own = open_artifact(settings.artifact)
-        spec = own.spec
-        window = spec.window if settings.window is None else settings.window
-        sinks = spec.sinks if settings.sinks is None else settings.sinks
-        formats = [replace(own, spec=replace(spec, window=window, sinks=sinks))]
+        # What it is compared with keeps as many tokens.
+        window = own.spec.window if window is None else window
+        sinks = own.spec.sinks if sinks is None else sinks
+        formats = [replace(own, spec=replace(own.spec, window=window, sinks=sinks))]
+    groupings = settings.groupings or ("contiguous",)
+    formats += parse_formats(settings.chosen_formats, window or 0, sinks or 0, groupings)
     for format in formats:
         require_geometry(format, target.shape)
         require_divisible(format, target.shape)

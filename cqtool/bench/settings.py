@@ -83,10 +83,8 @@ class BenchSettings:
     def __post_init__(self) -> None:
         if self.target is not None and self.suite is not None:
             raise RecipeError("A suite has shapes of its own; give either a shape or --suite.")
-        if self.artifact is not None and self.formats:
-            raise RecipeError("An artifact has a format of its own; leave out --format.")
-        if self.artifact is not None and self.groupings:
-            raise RecipeError("An artifact has groups of its own; leave out --grouping.")
+        if self.artifact is not None and self.groupings and not self.formats:
+            raise RecipeError("An artifact has groups of its own; --grouping is that of --format.")
         if self.artifact is not None and self.target is None:
             raise RecipeError("Give the shape of the artifact's base model before the artifact.")
         for name, allowed, given in (

@@ -14,6 +14,7 @@ EXAMPLES = (
     "cqtool bench --suite targets --plot decode.png",
     "cqtool bench llama-3.1-8b --part decode --batch 1,16 --tokens 8k,128k",
     "cqtool bench llama-3.1-8b --part decode --format cq-8c8b --grouping contiguous,pairs",
+    "cqtool bench qwen3-8b artifact --part decode --format cq-8c8b",
     "cqtool bench qwen3-8b artifact --part end-to-end --largest-batch --json",
     "cqtool bench qwen3-8b calibration --part decode,end-to-end --keep",
     "cqtool bench llama-3.2-1b --part tune --repeats 10",
@@ -67,7 +68,8 @@ def bench(
             "--format",
             metavar="FORMAT",
             help="Formats such as cq-8c8b or k-cq-4c8b-v-cq-8c8b, with random codebooks. By "
-            "default cq-8c8b,cq-8c10b,cq-4c8b,cq-2c8b for kernels, and cq-8c8b for all else.",
+            "default cq-8c8b,cq-8c10b,cq-4c8b,cq-2c8b for kernels, and cq-8c8b for all else; with "
+            "ARTIFACT none, else beside it.",
             show_default=False,
         ),
     ] = None,

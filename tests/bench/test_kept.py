@@ -102,6 +102,22 @@ def test_without_keep_nothing_is_kept(tiny: Path) -> None:
     assert not (tiny / "reports").exists()
 
 
+def test_other_formats_stand_beside_the_artifact_s_but_not_on_its_card(tiny: Path) -> None:
+    words = ("bench", "tiny", tiny, "--part", "end-to-end", *SMALL, "--cache", "cq")
+    more = ("--format", "cq-4c8b,cq-8c8b", "--grouping", "pairs", "--json")
+    result = invoke(*words, *more)
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["end_to_end"]
+    assert [row["format"] for row in found["rows"][::2]] == [
+        "cq-8c8b", "cq-4c8b pairs", "cq-8c8b pairs",
+    ]  # fmt: skip
+    # As many exact tokens as the artifact's cache keeps.
+    sizes = {row["format"]: row["cache_bytes"] for row in found["rows"] if row["batch"] == 1}
+    assert sizes["cq-8c8b"] == sizes["cq-8c8b pairs"] < sizes["cq-4c8b pairs"]
+    refused = invoke(*words, *more, "--keep")
+    assert refused.exit_code == 2 and "leave out --format" in refused.output
+
+
 def test_the_kernels_times_are_those_of_the_bench(tiny: Path) -> None:
     report = gpu_report()
     path = keeper(tiny).keep(report)

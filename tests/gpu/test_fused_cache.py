@@ -172,7 +172,7 @@ def test_heads_with_codes_of_their_own(name, dtype, keys, attended):
     cache = check(name, dtype, sizes, make=make, window=7, sinks=2)
     assert [len(layer.parts) for layer in cache.layers] == [2, 2]
     # In the pass over 30 tokens everything is decoded.
-    assert len(attended) == 42 * 4
+    assert len(attended) == 42 * 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from cqtool.kernels.build import compile_variant
 from cqtool.kernels.decode.config import SHARED_BYTES, DecodeCase, Pairing, choose
 from cqtool.kernels.decode.op import variants
-from cqtool.kernels.decode.share import share
+from cqtool.kernels.decode.share import room_beside, share
 from cqtool.kernels.variants import ARCHITECTURES, Variant
 
 FORMATS = {"8c8b": (8, 8), "4c8b": (4, 8), "2c8b": (2, 8), "8c10b": (8, 10), "8c6b": (8, 6)}
@@ -97,6 +97,14 @@ def test_work_is_shared_evenly(
     rounds = -(-units // workers)
     assert units / (rounds * workers) > 0.8 or tokens < 16  # of the warps are busy
     assert cut.parts * heads <= 132
+
+
+def test_calls_side_by_side_divide_the_gpu_while_their_tables_are_what_takes_time() -> None:
+    rooms = [room_beside(16, heads, 8192, 132, 8 - heads) for heads in (1, 3, 4)]
+    assert rooms == [16, 49, 66] and sum(rooms) <= 132
+    assert room_beside(16, 8, 8192, 132, 0) == 132
+    assert room_beside(200, 1, 8192, 132, 7) == 132  # all of it: the next call's blocks follow
+    assert room_beside(1, 1, 10, 2, 7) == 1
 
 
 def test_few_rows_are_split_and_many_need_no_merging() -> None:

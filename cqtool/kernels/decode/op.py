@@ -11,7 +11,7 @@ from cqtool.errors import KernelError
 from cqtool.kernels.decode.arguments import CodedTokens, Columns, DenseTokens
 from cqtool.kernels.decode.config import DecodeCase, DecodeLaunch, choose
 from cqtool.kernels.decode.reference import decode_attention_reference
-from cqtool.kernels.decode.share import share
+from cqtool.kernels.decode.share import room_beside, share
 from cqtool.kernels.decode.tables import LayerTables, RopeTable
 from cqtool.kernels.layout import CodeFormat
 from cqtool.kernels.load import load, warn_fallback
@@ -191,7 +191,7 @@ def _decode_attention(
         return out
     launch, modules, finish, processors = kernels
     dense = recent_keys is not None or sink_keys is not None
-    room = processors * kv_heads // (kv_heads + beside)
+    room = room_beside(batch, kv_heads, tokens, processors, beside)
     cut = share(batch, kv_heads, tokens, launch, room, finish=dense)
     rows = case.row_groups * case.row_block
     # With one split and nothing to add the kernel writes the result itself.
@@ -207,7 +207,7 @@ def _decode_attention(
         if launch.fused
         else query.new_empty(launch.key_parts, batch, kv_heads, rows, columns, dtype=torch.float32)
     )
-    stream = torch.cuda.current_stream(query.device).cuda_stream
+    stream = torch.cuda.current_stream(query.device.index).cuda_stream
     sinks = sink_keys.shape[2] if sink_keys is not None else 0
     # Scores are taken to base 2; with a soft cap, tanh comes first.
     factor, cap = (scale / softcap, softcap * _LOG2E) if softcap > 0 else (scale * _LOG2E, 0.0)

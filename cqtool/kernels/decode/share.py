@@ -23,6 +23,31 @@ class Share:
     team: int
 
 
+_LONG = 8192
+"""Tokens a multiprocessor from which heads that run side by side do not divide the GPU."""
+
+
+def room_beside(batch: int, kv_heads: int, tokens: int, sms: int, beside: int) -> int:
+    """The multiprocessors that a call is to fill while others run at the same time.
+
+    With few tokens it is the call's part of the heads: all calls' blocks have room at once, and
+    load their tables at once. With many it is the whole GPU, on which blocks of the next call take
+    the place of those that are done: codes differ in what a token costs, so that parts of a GPU
+    divided by heads would not end together.
+
+    Args:
+        batch: rows.
+        kv_heads: heads of the call.
+        tokens: most coded tokens of a row.
+        sms: multiprocessors of the GPU.
+        beside: heads of the other calls.
+    """
+    heads = kv_heads + beside
+    if batch * heads * tokens > _LONG * sms:
+        return sms
+    return max(1, sms * kv_heads // heads)
+
+
 def share(
     batch: int, kv_heads: int, tokens: int, launch: DecodeLaunch, sms: int, finish: bool = True
 ) -> Share:

@@ -121,7 +121,7 @@ def _encode_cuda(
         shape.grid,
         (32 * shape.warps, 1, 1),
         0,
-        torch.cuda.current_stream(x.device).cuda_stream,
+        torch.cuda.current_stream(x.device.index).cuda_stream,
         x.data_ptr(),
         *x.stride()[:3],
         column.data_ptr(),
