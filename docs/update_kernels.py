@@ -7,6 +7,7 @@ The figures are the JSON of `cqtool bench`, as it came; what is not there is lef
 
     targets.json, generation-*.json     --suite targets, --suite generation
     groupings*.json                     --part decode --grouping contiguous,pairs,correlation
+    by-head*.json                       an artifact whose heads have codes of their own, --format
     kmeans*.json                        --part kmeans
     tune-*.json                         --part tune
 """
@@ -38,6 +39,16 @@ scatter plan. Values are permuted in all of them. `balanced-pairs` are what the 
 have.
 """,
         ("groupings*.json",),
+    ),
+    "heads": (
+        """### Heads with codes of their own, measured
+
+The recipe `smollm2-135m-1.25bit-recall`, whose heads have five codes in fifteen pairs, beside the
+plain code of as many bits and the one of 1 bit. *Mean of 30 layers* is the format as it decodes:
+all parts of all layers. The other rows are of a layer whose heads all have one pair of codes. The
+model is so small that its steps wait for the host, which launches more for each part of a layer.
+""",
+        ("by-head*.json",),
     ),
     "calibrating": (
         """## Making codebooks

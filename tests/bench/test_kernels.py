@@ -209,7 +209,10 @@ def test_a_format_by_head_is_checked_head_by_head(monkeypatch: pytest.MonkeyPatc
     part = problem.layers[0].problems[2]
     expected = part.expected
     monkeypatch.setattr(part, "expected", lambda *args: 1.02 * expected(*args))
-    assert problem.error() == pytest.approx(0.02, rel=0.05)
+    assert problem.layers[0].errors()[2] == pytest.approx(0.02, rel=0.05)
+    assert problem.error() == pytest.approx(0.02 / 2, rel=0.05)  # of four parts
+    monkeypatch.setattr(part, "expected", lambda *args: expected(*args) * float("nan"))
+    assert problem.error() != problem.error()
 
 
 def test_a_wrong_result_gets_no_time(

@@ -29,7 +29,7 @@ def _problem(device: torch.device, batch: int, tokens: int) -> LayerProblem:
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 50), (1, 9000), (16, 3000), (70, 700)])
 def test_every_head_s_answer_is_that_of_float64(device, batch, tokens):
-    assert _problem(device, batch, tokens).error() < 2e-3
+    assert max(_problem(device, batch, tokens).errors()) < 2e-3
 
 
 def test_what_follows_waits_for_all_parts(device):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from formats import random_format
 from zoo import VOCABULARY, tiny
 
 from cqtool.recipe import Tuning
+from cqtool.tuning import trainer as trainer_module
 from cqtool.tuning.trainer import Trainer
 
 pytestmark = [
@@ -43,7 +46,13 @@ def run(trainer: Trainer) -> Trainer:
 
 @pytest.mark.parametrize("window", [0, 6])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_recorded_steps_learn_what_steps_learn(window, checkpointing):
+@pytest.mark.parametrize(("cores", "tolerance"), [(False, 1e-3), (True, 2e-2)])
+def test_recorded_steps_learn_what_steps_learn(
+    window, checkpointing, cores, tolerance, monkeypatch
+):
+    # What a recording rounds otherwise to TF32 makes single codes others in held-out text.
+    if not cores:
+        monkeypatch.setattr(trainer_module, "tensor_cores", lambda device: nullcontext())
     plain, recorded = (
         run(make(captured, window, gradient_checkpointing=checkpointing))
         for captured in (False, True)
@@ -51,7 +60,7 @@ def test_recorded_steps_learn_what_steps_learn(window, checkpointing):
     assert recorded.captured
     assert recorded.history.held_out[-1] < recorded.history.held_out[0]
     assert recorded.history.losses == pytest.approx(plain.history.losses, rel=1e-3)
-    assert recorded.history.held_out == pytest.approx(plain.history.held_out, rel=1e-3)
+    assert recorded.history.held_out == pytest.approx(plain.history.held_out, rel=tolerance)
 
 
 def test_a_model_that_waits_for_the_gpu_is_trained_without_recording():

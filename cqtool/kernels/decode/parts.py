@@ -125,20 +125,21 @@ def decode_parts(
     Returns:
         ``[batch, heads, tokens, value_dim]`` of the whole layer.
     """
+    attend = partial(
+        decode_attention, columns=columns, scale=scale, sliding=sliding, softcap=softcap, mask=mask
+    )
+    if len(parts) == 1:
+        (only,) = parts
+        return attend(query, only.coded, only.tables, only.rope, dense=dense)
     own_dense = _divide_dense(dense or DenseTokens(), order)
     calls = [
         partial(
-            decode_attention,
+            attend,
             own,
             part.coded,
             part.tables,
             part.rope,
-            columns,
-            scale=scale,
             dense=recent,
-            sliding=sliding,
-            softcap=softcap,
-            mask=mask,
             beside=order.kv_heads - len(heads),
         )
         for own, part, recent, heads in zip(
