@@ -31,6 +31,7 @@ class BenchFormat:
         source: the artifact, None for random codebooks.
         channels: per layer the channels of the key and value groups ``[kv_heads, head_dim]``, each
             None for contiguous ones; None for random codebooks.
+        beside: random codebooks beside an artifact, which may have the same codes; named so.
     """
 
     spec: CacheSpec
@@ -38,16 +39,18 @@ class BenchFormat:
     geometry: ModelGeometry | None = None
     source: str | None = None
     channels: tuple[tuple[Tensor | None, Tensor | None], ...] | None = None
+    beside: bool = False
 
     @property
     def name(self) -> str:
         """The format's name, and how its channels are grouped where they are not contiguous."""
         key, value = self.spec.key.grouping, self.spec.value.grouping
+        random = ", random codebooks" if self.beside else ""
         if key == value == "contiguous":
-            return self.spec.name
+            return self.spec.name + random
         # Values have no pairs: theirs go by the grouping without them then.
         same = value == PAIRED_GROUPINGS.get(key, key)
-        return f"{self.spec.name} {key if same else f'{key}/{value}'}"
+        return f"{self.spec.name} {key if same else f'{key}/{value}'}{random}"
 
     def layer_codebooks(
         self, layer: int, kv_heads: int, head_dim: int, generator: torch.Generator

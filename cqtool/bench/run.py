@@ -125,7 +125,8 @@ def _formats(settings: BenchSettings, target: Target) -> list[BenchFormat]:
         sinks = own.spec.sinks if sinks is None else sinks
         formats = [replace(own, spec=replace(own.spec, window=window, sinks=sinks))]
     groupings = settings.groupings or ("contiguous",)
-    formats += parse_formats(settings.chosen_formats, window or 0, sinks or 0, groupings)
+    others = parse_formats(settings.chosen_formats, window or 0, sinks or 0, groupings)
+    formats += [replace(other, beside=bool(formats)) for other in others]
     for format in formats:
         require_geometry(format, target.shape)
         require_divisible(format, target.shape)

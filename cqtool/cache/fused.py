@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cqtool.cache.tiled import DTYPES, FEW, TiledLayer
 from cqtool.kernels.decode.arguments import CodedTokens, Columns, DenseTokens
-from cqtool.kernels.decode.parts import CodedPart, decode_parts
+from cqtool.kernels.decode.parts import CodedPart, decode_parts, divide_dense
 
 MARK = "_cqtool_layer"
 """The attribute by which a key tensor names the layer that is to attend."""
@@ -28,6 +28,7 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
         super()._clear()
         # Whether marked keys are under way, and whether the ring is to be encoded after them.
         self.pending = self.unsettled = False
+        self._divided: tuple[tuple[Tensor | None, ...], list[DenseTokens]] = (), []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -86,13 +87,9 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
         query = query.to(self.dtype)
         if query.stride(3) != 1:
             query = query.contiguous()
-        assert self.keys is not None and self.values is not None
-        has_ring = self.keys.shape[2] > 0
-        # Once columns are dropped, no sink is in sight any more.
-        has_sinks = bool(self.kept) and base == 0
         found = decode_parts(
             query,
-            self._coded_parts(max(1, self.coded_end - base)),
+            self._coded_parts(base, max(1, self.coded_end - base)),
             self.order,
             Columns(
                 first=state.first(base, self.device),
@@ -101,12 +98,6 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
                 origin=self._origin(base),
             ),
             scale=scale,
-            dense=DenseTokens(
-                self.keys if has_ring else None,
-                self.values if has_ring else None,
-                self.kept["key"] if has_sinks else None,
-                self.kept["value"] if has_sinks else None,
-            ),
             sliding=sliding,
             softcap=softcap,
             mask=state.byte_mask(base, self.device),
@@ -117,16 +108,36 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
         self._slide(self.length)
         return found.to(dtype)
 
-    def _coded_parts(self, tokens: int) -> list[CodedPart]:
+    def _coded_parts(self, base: int, tokens: int) -> list[CodedPart]:
         ropes = self._ropes() or [part.kernels.tables.no_rope for part in self.parts]
         return [
             CodedPart(
                 CodedTokens(part.stores["key"].tiles, part.stores["value"].tiles, tokens),
                 part.kernels.tables,
                 rope,
+                dense,
             )
-            for part, rope in zip(self.parts, ropes, strict=True)
+            for part, rope, dense in zip(self.parts, ropes, self._dense_parts(base), strict=True)
         ]
+
+    def _dense_parts(self, base: int) -> list[DenseTokens]:
+        """Each part's window and sinks: divided anew only where they are other tensors."""
+        assert self.keys is not None and self.values is not None
+        has_ring = self.keys.shape[2] > 0
+        # Once columns are dropped, no sink is in sight any more.
+        has_sinks = bool(self.kept) and base == 0
+        tensors = (
+            self.keys if has_ring else None,
+            self.values if has_ring else None,
+            self.kept["key"] if has_sinks else None,
+            self.kept["value"] if has_sinks else None,
+        )
+        known, divided = self._divided
+        if len(known) != 4 or any(a is not b for a, b in zip(known, tensors, strict=True)):
+            divided = divide_dense(DenseTokens(*tensors), self.order)
+            if not self.order.copies:
+                self._divided = tensors, divided
+        return divided
 
     def _take_marked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if keys.shape[2] == 1:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import Library
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # An operator lives as long as the library that defines it.
 _LIBRARY: Any = Library("cqtool", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -24,8 +26,10 @@ def define_operator(
 
     Not with ``torch.library.custom_op``, whose Python code around each call takes 0.1 ms where
     arguments are mutated: an encoded token would spend most of its time there. vLLM's
-    ``direct_register_custom_op`` does the same for the same reason. The price is that torch does
-    not refuse to differentiate it; the caches never ask (:mod:`cqtool.cache.attention`).
+    ``direct_register_custom_op`` does the same for the same reason. Where nothing records or
+    replaces operators, torch's dispatcher is left out as well, which takes a fifth of what a cache
+    does on the host. The price is that torch does not refuse to differentiate the operator; the
+    caches never ask (:mod:`cqtool.cache.attention`).
 
     Args:
         name: its name in the namespace of this package.
@@ -35,7 +39,7 @@ def define_operator(
         mutates: names of the arguments that it writes to.
 
     Returns:
-        The operator, to be called with positional arguments.
+        What calls it with positional arguments, of which the first is a tensor.
     """
     schema = torch.library.infer_schema(cpu, mutates_args=mutates)
     _LIBRARY.define(name + schema)
@@ -43,4 +47,11 @@ def define_operator(
     _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"{_LIBRARY.ns}::{name}", fake, lib=_LIBRARY)
     operator: Callable[..., Any] = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
-    return operator
+
+    def call(first: Tensor, *rest: Any) -> Any:
+        watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        if watched or type(first) is not Tensor or first.device.type not in ("cuda", "cpu"):
+            return operator(first, *rest)
+        return (cuda if first.is_cuda else cpu)(first, *rest)
+
+    return call

@@ -7,6 +7,7 @@ import torch
 
 from cqtool.codebooks.codes import assign
 from cqtool.geometry import KeyRotation
+from cqtool.kernels import operators
 from cqtool.kernels.encode import Encoder, Rope, op
 from cqtool.kernels.encode.config import launch_shape
 from cqtool.kernels.encode.tables import read_entries
@@ -300,4 +301,25 @@ def test_the_operator_tells_torch_what_it_does(monkeypatch, gained):
     monkeypatch.setattr(op, "encode_op", lambda *args: calls.append(args))
     encoder.encode(make_vectors(codebook, 1, 20), storage, int32(5), gains=gains)
     monkeypatch.undo()
-    torch.library.opcheck(op.encode_op, calls[0])
+    torch.library.opcheck(torch.ops.cqtool.encode.default, calls[0])
+
+
+def test_calls_go_past_torch_only_where_nothing_looks_on(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    went = []
+
+    def own(x: torch.Tensor) -> torch.Tensor:
+        went.append("own")
+        return x.clone()
+
+    call = operators.define_operator("looked_on", cpu=own, cuda=own, fake=torch.empty_like)
+    x = torch.ones(3)
+    assert torch.equal(call(x), x) and went == ["own"]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x)
+        assert type(call(x)) is type(call(fake)) is type(fake)
+    assert call(x.to("meta")).device.type == "meta"
+    assert went == ["own"]
+    compiled = torch.compile(lambda each: call(each) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), x + 1)

@@ -10,7 +10,7 @@ import torch
 from cqtool.geometry import KeyRotation
 from cqtool.kernels.decode.arguments import CodedTokens, Columns, DenseTokens
 from cqtool.kernels.decode.op import decode_attention
-from cqtool.kernels.decode.parts import CodedPart, HeadOrder, decode_parts
+from cqtool.kernels.decode.parts import CodedPart, HeadOrder, decode_parts, divide_dense
 from cqtool.kernels.decode.tables import LayerTables
 from cqtool.kernels.lanes import side_by_side
 
@@ -74,8 +74,9 @@ def test_parts_answer_as_whole_layers_of_their_codes_do(parts):
         )
         own = LayerTables(book[list(heads)], book.flip(0)[list(heads)], KeyRotation("none"))
         mine = [each[:, list(heads)].contiguous() for each in tiles]
-        coded.append(CodedPart(CodedTokens(*mine, tokens), own, own.no_rope))
-    found = decode_parts(query, coded, HeadOrder(parts), columns, scale=0.1, dense=dense)
+        recent = divide_dense(dense, HeadOrder(parts))[len(coded)]
+        coded.append(CodedPart(CodedTokens(*mine, tokens), own, own.no_rope, recent))
+    found = decode_parts(query, coded, HeadOrder(parts), columns, scale=0.1)
     for heads, answer in zip(parts, expected, strict=True):
         mine = [head * readers + reader for head in heads for reader in range(readers)]
         torch.testing.assert_close(found[:, mine], answer[:, mine])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from cqtool.kernels.decode.share import room_beside, share
 from cqtool.kernels.decode.tables import LayerTables, RopeTable
 from cqtool.kernels.layout import CodeFormat
 from cqtool.kernels.load import load, warn_fallback
+from cqtool.kernels.module import LoadedModule
 from cqtool.kernels.operators import define_operator
 from cqtool.kernels.variants import Variant
 
@@ -189,11 +191,11 @@ def _decode_attention(
     out = query.new_empty(batch, heads, length, value_format.head_dim)
     if batch == 0:
         return out
-    launch, modules, finish, processors = kernels
+    launch, row_groups, passes, finish, processors = kernels
     dense = recent_keys is not None or sink_keys is not None
     room = room_beside(batch, kv_heads, tokens, processors, beside)
     cut = share(batch, kv_heads, tokens, launch, room, finish=dense)
-    rows = case.row_groups * case.row_block
+    rows = row_groups * case.row_block
     # With one split and nothing to add the kernel writes the result itself.
     partial = dense or cut.splits > 1
     parts = peaks = None
@@ -258,24 +260,22 @@ def _decode_attention(
         float(factor * rope_scale),
         float(cap),
     )
-    block = (launch.warps * 32, 1, 1)
-    for mode, module in modules:
-        depth = (1, launch.key_parts, launch.value_parts)[mode]
-        module.launch(
-            _ENTRIES[mode],
-            (kv_heads * cut.parts, case.row_groups, depth),
-            block,
-            launch.shared_bytes(mode != 2, mode != 1),
+    for each in passes:
+        each.module.launch(
+            each.entry,
+            (kv_heads * cut.parts, row_groups, each.depth),
+            each.block,
+            each.shared_bytes,
             stream,
             *arguments,
             overlap=True,
         )
     if not partial:
         return out
-    finish.launch(
-        "cq_finish",
-        (batch * kv_heads, case.row_groups, 1),
-        (launch.finish_warps * 32, 1, 1),
+    finish.module.launch(
+        finish.entry,
+        (batch * kv_heads, row_groups, 1),
+        finish.block,
         0,
         stream,
         _pointer(parts),
@@ -331,9 +331,29 @@ _decode_op = define_operator(
 _ENTRIES = ("cq_decode", "cq_scores", "cq_values")
 
 
+class _Pass(NamedTuple):
+    """A kernel with what is the same in all its launches."""
+
+    module: LoadedModule
+    entry: str
+    block: tuple[int, int, int]
+    shared_bytes: int = 0
+    depth: int = 1
+
+
+class _Kernels(NamedTuple):
+    """What serves a case: worked out once, since a step asks once a layer."""
+
+    launch: DecodeLaunch
+    row_groups: int
+    passes: list[_Pass]
+    finish: _Pass
+    processors: int
+
+
 @lru_cache(maxsize=256)
-def _kernels(case: DecodeCase, device: int):  # type: ignore[no-untyped-def]
-    """Launch, (mode, module) pairs, finish and multiprocessors; None where the reference serves."""
+def _kernels(case: DecodeCase, device: int) -> _Kernels | None:
+    """The kernels of a case; None where the reference serves."""
     properties = torch.cuda.get_device_properties(device)
     capability = properties.major * 10 + properties.minor
     launch = choose(case, capability)
@@ -344,12 +364,22 @@ def _kernels(case: DecodeCase, device: int):  # type: ignore[no-untyped-def]
         )
         return None
     try:
-        modules = [(mode, load(variant, device)) for mode, variant in variants(launch)]
-        finish = load(Variant("decode/finish.cu", launch.finish_defines()), device)
+        passes = [
+            _Pass(
+                load(variant, device),
+                _ENTRIES[mode],
+                (32 * launch.warps, 1, 1),
+                launch.shared_bytes(mode != 2, mode != 1),
+                (1, launch.key_parts, launch.value_parts)[mode],
+            )
+            for mode, variant in variants(launch)
+        ]
+        ending = load(Variant("decode/finish.cu", launch.finish_defines()), device)
     except KernelError as error:
         warn_fallback(str(error))
         return None
-    return launch, modules, finish, properties.multi_processor_count
+    finish = _Pass(ending, "cq_finish", (32 * launch.finish_warps, 1, 1))
+    return _Kernels(launch, case.row_groups, passes, finish, properties.multi_processor_count)
 
 
 def variants(launch: DecodeLaunch) -> list[tuple[int, Variant]]:

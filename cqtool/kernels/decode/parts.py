@@ -35,6 +35,7 @@ class HeadOrder:
     Attributes:
         parts: the same.
         kv_heads: heads of the layer.
+        copies: whether some part's heads lie so that it gets a copy of them.
     """
 
     def __init__(self, parts: Sequence[Sequence[int]]) -> None:
@@ -42,6 +43,7 @@ class HeadOrder:
         self.kv_heads = sum(map(len, self.parts))
         self._runs = _runs(self.parts)
         self._steps = [_step(heads) for heads in self.parts]
+        self.copies = None in self._steps
 
     def divide(self, states: Tensor) -> list[Tensor]:
         """Each part's heads of ``[batch, heads, ...]``, read in place where strides can say which.
@@ -82,17 +84,19 @@ class HeadOrder:
 
 @dataclass(frozen=True)
 class CodedPart:
-    """Codes of some heads of a layer, and how to read them.
+    """Tokens of some heads of a layer, and how to read them.
 
     Attributes:
         coded: their tiles.
         tables: their codebooks.
         rope: their RoPE table.
+        dense: their sinks and recent tokens, None without any.
     """
 
     coded: CodedTokens
     tables: LayerTables
     rope: RopeTable
+    dense: DenseTokens | None = None
 
 
 def decode_parts(
@@ -102,7 +106,6 @@ def decode_parts(
     columns: Columns,
     *,
     scale: float,
-    dense: DenseTokens | None = None,
     sliding: int = 0,
     softcap: float = 0.0,
     mask: Tensor | None = None,
@@ -113,11 +116,10 @@ def decode_parts(
 
     Args:
         query: ``[batch, heads, tokens, key_dim]`` of the whole layer.
-        parts: codes and tables of each part.
+        parts: tokens and tables of each part.
         order: which heads they have.
         columns: the rows' lengths.
         scale: factor on scores.
-        dense: sinks and recent tokens of the whole layer.
         sliding: columns a token attends to; 0 for all.
         softcap: soft cap of the scores; 0 for none.
         mask: uint8 ``[batch, columns]``.
@@ -130,8 +132,7 @@ def decode_parts(
     )
     if len(parts) == 1:
         (only,) = parts
-        return attend(query, only.coded, only.tables, only.rope, dense=dense)
-    own_dense = _divide_dense(dense or DenseTokens(), order)
+        return attend(query, only.coded, only.tables, only.rope, dense=only.dense)
     calls = [
         partial(
             attend,
@@ -139,17 +140,16 @@ def decode_parts(
             part.coded,
             part.tables,
             part.rope,
-            dense=recent,
+            dense=part.dense,
             beside=order.kv_heads - len(heads),
         )
-        for own, part, recent, heads in zip(
-            order.divide(query), parts, own_dense, order.parts, strict=True
-        )
+        for own, part, heads in zip(order.divide(query), parts, order.parts, strict=True)
     ]
     return order.join(side_by_side(query.device, calls))
 
 
-def _divide_dense(dense: DenseTokens, order: HeadOrder) -> list[DenseTokens]:
+def divide_dense(dense: DenseTokens, order: HeadOrder) -> list[DenseTokens]:
+    """Each part's sinks and recent tokens of a whole layer's."""
     tensors = (dense.recent_keys, dense.recent_values, dense.sink_keys, dense.sink_values)
     none = [None] * len(order.parts)
     divided = [none if each is None else order.divide(each) for each in tensors]
