@@ -35,7 +35,8 @@ def speed_section(content: CardContent) -> Iterator[str]:
         if by_head(content.config.cache):
             yield (
                 "Where heads of a layer differ in their codes, a row stands for a layer all of "
-                "whose heads have the codes of that row."
+                "whose heads have the codes of that row; the mean is that of all layers as they "
+                "are."
             )
         layers = content.config.geometry.layers
         windows = [layer.sliding_window for layer in layers if layer.sliding_window is not None]

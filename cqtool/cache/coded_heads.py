@@ -24,13 +24,11 @@ class CodedHeads:
         expected: columns that the first allocation makes room for; 0 when not known.
 
     Attributes:
-        heads: which of the layer's they are, ascending.
         kernels: their tables and encoders, shared by all caches of a format.
         stores: their tiles, of ``key`` and ``value``.
     """
 
     def __init__(self, part: HeadPart, batch: int, device: torch.device, expected: int) -> None:
-        self.heads = part.heads
         self.kernels = layer_kernels(part.geometry, part.codecs, device)
         self.stores: dict[str, TileStore] = {}
         for name in ("key", "value"):

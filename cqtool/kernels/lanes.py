@@ -11,29 +11,33 @@ import torch
 T = TypeVar("T")
 
 
-class _Lanes(threading.local):
-    """A thread's own streams, each with the event that ends its work, and what they start after."""
+class _Lanes:
+    """The streams beside one stream, each with the event that ends its work.
+
+    Not shared with other streams: what a lane's stream freed is written to again by its next work,
+    which waits for this one stream only.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lanes: list[tuple[torch.cuda.Stream, torch.cuda.Event]] = []
+        self.begin = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def get(self, count: int) -> list[tuple[torch.cuda.Stream, torch.cuda.Event]]:
+        while len(self._lanes) < count:
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._lanes.append((stream, torch.cuda.Event()))  # type: ignore[no-untyped-call]
+        return self._lanes[:count]
+
+
+class _Known(threading.local):
+    """Of a thread, since events are used again: the lanes of each device and stream."""
 
     def __init__(self) -> None:
-        self._begin: dict[torch.device, torch.cuda.Event] = {}
-        self._lanes: dict[torch.device, list[tuple[torch.cuda.Stream, torch.cuda.Event]]] = {}
-
-    def begin(self, device: torch.device) -> torch.cuda.Event:
-        if device not in self._begin:
-            self._begin[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        return self._begin[device]
-
-    def get(
-        self, device: torch.device, count: int
-    ) -> list[tuple[torch.cuda.Stream, torch.cuda.Event]]:
-        lanes = self._lanes.setdefault(device, [])
-        while len(lanes) < count:
-            stream, end = torch.cuda.Stream(device), torch.cuda.Event()  # type: ignore[no-untyped-call]
-            lanes.append((stream, end))
-        return lanes[:count]
+        self.lanes: dict[tuple[torch.device, int], _Lanes] = {}
 
 
-_lanes = _Lanes()
+_known = _Known()
 
 
 def side_by_side(device: torch.device, calls: Sequence[Callable[[], T]]) -> list[T]:
@@ -48,13 +52,16 @@ def side_by_side(device: torch.device, calls: Sequence[Callable[[], T]]) -> list
         calls: what to call. What they read has to live until this returns.
 
     Returns:
-        What they returned. Tensors among it belong to the streams that made them: let go of them
-        on this thread, whose next such call is what waits before it writes there again.
+        What they returned. Tensors among it belong to the streams that made them: they are to be
+        used on the current stream, whose next such call waits before it writes there again.
     """
     if device.type != "cuda" or len(calls) < 2:
         return [call() for call in calls]
-    current, begin = torch.cuda.current_stream(device), _lanes.begin(device)
-    lanes = _lanes.get(device, len(calls) - 1)
+    current = torch.cuda.current_stream(device)
+    key = device, current.cuda_stream
+    if key not in _known.lanes:
+        _known.lanes[key] = _Lanes(device)
+    begin, lanes = _known.lanes[key].begin, _known.lanes[key].get(len(calls) - 1)
     begin.record(current)
     found: list[T] = []
     try:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 
 from cqtool.geometry import KeyRotation
+from cqtool.kernels import lanes
 from cqtool.kernels.decode.arguments import CodedTokens, Columns, DenseTokens
 from cqtool.kernels.decode.op import decode_attention
 from cqtool.kernels.decode.parts import CodedPart, HeadOrder, decode_parts, divide_dense
@@ -87,3 +91,72 @@ def test_on_a_cpu_the_calls_come_one_after_the_other():
     calls = [lambda index=index: log.append(index) or index for index in range(3)]
     assert side_by_side(torch.device("cpu"), calls) == [0, 1, 2]
     assert log == [0, 1, 2]
+
+
+class _Gpu:
+    """torch.cuda's streams and events as a log of what is queued where."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = self
+        self.log: list[str] = []
+        self.current = "main"
+        made = itertools.count(1)
+
+        class Event:
+            def record(self, stream: Stream) -> None:
+                self.after = stream.name
+
+        class Stream:
+            def __init__(self, device: torch.device | None = None, name: str = "") -> None:
+                self.name = name or f"side{next(made)}"
+
+            @property
+            def cuda_stream(self) -> int:
+                return hash(self.name)
+
+            def wait_event(self, event: Event) -> None:
+                gpu.log.append(f"{self.name} waits for {event.after}")
+
+        @contextmanager
+        def stream(chosen: Stream) -> Iterator[None]:
+            before, gpu.current = gpu.current, chosen.name
+            yield
+            gpu.current = before
+
+        monkeypatch.setattr(lanes, "_known", lanes._Known())
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(name=gpu.current))
+
+    def call(self, name: str) -> str:
+        self.log.append(f"{name} on {self.current}")
+        return name
+
+
+def test_on_a_gpu_they_part_after_what_is_queued_and_meet_before_what_follows(monkeypatch):
+    gpu, device = _Gpu(monkeypatch), torch.device("cuda", 0)
+    calls = [partial(gpu.call, name) for name in "abc"]
+    for _ in range(2):
+        gpu.log.clear()
+        assert side_by_side(device, calls) == ["a", "b", "c"]
+        assert gpu.log == [
+            "side1 waits for main", "b on side1", "side2 waits for main", "c on side2",
+            "a on main", "main waits for side1", "main waits for side2",
+        ]  # fmt: skip
+    # Another stream has others beside it: these may be writing where that one still reads.
+    gpu.current = "other"
+    gpu.log.clear()
+    side_by_side(device, calls[:2])
+    assert gpu.log[1] == "b on side3" and gpu.log[-1] == "other waits for side3"
+
+
+def test_on_a_gpu_a_failure_leaves_nothing_under_way(monkeypatch):
+    gpu, device = _Gpu(monkeypatch), torch.device("cuda", 0)
+
+    def fail() -> None:
+        raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        side_by_side(device, [fail, partial(gpu.call, "b")])
+    assert gpu.log[-1] == "main waits for side1"
