@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import HubServer
 from safetensors.torch import load_file
 from two_heads import Store
 from typer.testing import CliRunner, Result
 
+from cqtool.artifact.push import push
 from cqtool.artifact.speed import read_speed
 from cqtool.bench.caches import bind
 from cqtool.bench.formats import open_artifact
@@ -29,6 +31,7 @@ from cqtool.models.load import OpenedModel, open_model
 from cqtool.progress import SILENT
 from cqtool.recipe import Recipe, load_recipe, recipe_from, recipe_of
 from cqtool.spec import KINDS, CacheSpec, CQSpec, LayerCodes
+from cqtool.tuning.trainer import Trainer
 
 CODES = ["cq-8c4b", "cq-4c3b"]
 RECIPE = """name: by-head
@@ -209,8 +212,13 @@ def test_heads_are_coded_as_by_codecs_of_their_own(opened: OpenedModel, finished
     assert moved.is_meta and moved.shape == vectors.shape
 
 
-def test_checked_benched_exported_verified_and_generated_with(
-    opened: OpenedModel, finished: Path, tiny_model_dir: Path, tiny_text_file: Path, tmp_path: Path
+def test_checked_benched_exported_pushed_and_generated_with(
+    opened: OpenedModel,
+    finished: Path,
+    tiny_model_dir: Path,
+    tiny_text_file: Path,
+    tmp_path: Path,
+    hub: HubServer,
 ) -> None:
     text = ("--dataset", tiny_text_file, "--windows", 2, "--window-length", 48)
     checked = invoke("check", tiny_model_dir, finished, *text)
@@ -225,6 +233,8 @@ def test_checked_benched_exported_verified_and_generated_with(
     exported = invoke("export", finished, "--out", out)
     assert exported.exit_code == 0, exported.output
     assert invoke("verify", out).exit_code == 0
+    push(out, "org/by-head")
+    assert invoke("verify", "org/by-head").exit_code == 0
     card = (out / "README.md").read_text()
     assert "| cq-4c3b | 0.75 | 1 (head 1) | – |" in card
     assert "| cq-8c4b | 0.5 | 0, 1 (head 0) | 0 |" in card
@@ -234,12 +244,12 @@ def test_checked_benched_exported_verified_and_generated_with(
     assert said.exit_code == 0, said.output
     ids = opened.tokenizer("Some words to begin with", return_tensors="pt")
     made = []
-    for folder in (finished, out):
+    for folder in (finished, out, "org/by-head"):
         cache = CQCache.from_pretrained(folder, opened.model)
         made.append(
             opened.model.generate(**ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
         )
-    assert torch.equal(*made)
+    assert torch.equal(made[0], made[1]) and torch.equal(made[1], made[2])
 
 
 def test_a_bench_codes_as_the_cache_does(opened: OpenedModel, finished: Path) -> None:
@@ -253,7 +263,9 @@ def test_a_bench_codes_as_the_cache_does(opened: OpenedModel, finished: Path) ->
             assert all(torch.equal(coded[name], expected[name]) for name in coded)
 
 
-def test_tuning_trains_every_head(finished: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_tuning_trains_every_head(
+    finished: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = ("--steps", 4, "--batch", 2, "--sequences", 4, "--sequence-length", 48)
     rest = ("--held-out", 2, "--evaluate-every", 2, "--learning-rate", 0.05)
     out = tmp_path / "tuned"
@@ -262,4 +274,19 @@ def test_tuning_trains_every_head(finished: Path, tiny_model_dir: Path, tmp_path
     before, after = (load_file(one / "codebooks.safetensors") for one in (finished, out))
     assert before.keys() == after.keys()
     assert all(not before[name].equal(after[name]) for name in before)
+    # Stopped half-way and continued, each head's are the same.
+    run_next, seen = Trainer.run_until_next_look, []
+
+    def stops(self: Trainer) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(run_next(self))
+
+    again = ("tune", tiny_model_dir, finished, "--out", tmp_path / "again", *sizes, *rest)
+    monkeypatch.setattr(Trainer, "run_until_next_look", stops)
+    assert invoke(*again).exit_code == 130
+    monkeypatch.undo()
+    assert invoke(*again, "--resume").exit_code == 0
+    resumed = load_file(tmp_path / "again" / "codebooks.safetensors")
+    assert all(resumed[name].equal(after[name]) for name in after)
     load_format(out, open_model(str(tiny_model_dir), device="cpu").model)
