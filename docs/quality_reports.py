@@ -72,6 +72,12 @@ OTHERS: dict[str, str | None] = {
     "nsnquant-1": "nsnquant-1",
     "kivi-2": "kivi-2",
 }
+UNFITTED: dict[str, str | None] = {
+    "cq-8c6b-mixed query, tuned": None,
+    "calibquant": "calibquant",
+    "kitty": "kitty",
+    "vidkv": "vidkv",
+}
 GENERATION: dict[str, Mapping[str, str | None]] = {
     "generation-recall": {"cq-8c6b-mixed query, tuned": RECALL},
     "generation-recall-passkey": {"cq-8c6b-mixed query, tuned": RECALL},
@@ -87,6 +93,8 @@ GENERATION: dict[str, Mapping[str, str | None]] = {
     },
     "generation-rivals": OTHERS,
     "generation-rivals-passkey": OTHERS,
+    "generation-more-rivals": UNFITTED,
+    "generation-more-rivals-passkey": UNFITTED,
 }
 """Reports on the same questions, or the first of them, and what this page calls their formats; None
 for what another report asked more of them."""
