@@ -13,8 +13,9 @@ KEYS = ("cq-8c8b", "cq-4c8b", "cq-8c8b", "cq-8c6b")
 BITS = {"cq-8c8b": 1.0, "cq-4c8b": 2.0, "cq-8c6b": 0.75}
 
 
-def mixed_format(head_dim: int = 64, kv_heads: int = 4) -> BenchFormat:
-    """Keys of the first layer as in :data:`KEYS`, all else cq-8c8b."""
+def mixed_format() -> BenchFormat:
+    """Keys of the first layer as in :data:`KEYS`, all else cq-8c8b; heads of 64 channels."""
+    head_dim, kv_heads = 64, len(KEYS)
     generator = torch.Generator().manual_seed(0)
 
     def book(heads: int, name: str) -> torch.Tensor:
@@ -23,10 +24,10 @@ def mixed_format(head_dim: int = 64, kv_heads: int = 4) -> BenchFormat:
         return torch.randn(shape, generator=generator).half()
 
     plain = CQSpec.parse("cq-8c8b")
-    own = tuple(CQSpec.parse(name) for name in KEYS[:kv_heads])
+    own = tuple(CQSpec.parse(name) for name in KEYS)
     rotation = KeyRotation("half", head_dim, 0, 0)
     layer = LayerGeometry(kv_heads, head_dim, head_dim, None, rotation)
-    keys = tuple(book(1, name) for name in KEYS[:kv_heads])
+    keys = tuple(book(1, name) for name in KEYS)
     whole = [book(kv_heads, "cq-8c8b") for _ in range(3)]
     return BenchFormat(
         CacheSpec(plain, plain, layers=(LayerCodes(0, 0, own, plain),)),

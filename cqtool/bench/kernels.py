@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cqtool.bench.formats import BenchFormat
-from cqtool.bench.layers import ModelProblem, mean_bits
+from cqtool.bench.layers import LayerProblem, ModelProblem, mean_bits
 from cqtool.bench.memory import is_out_of_memory, release_memory
 from cqtool.bench.problem import AttentionLoad, CodedProblem, DenseProblem, poison_freed_memory
 from cqtool.bench.rivals import RIVALS
@@ -158,10 +158,12 @@ def _time_format(
 def _time_model(
     format: BenchFormat, load: AttentionLoad, settings: KernelSettings, bandwidth: Bandwidth
 ) -> dict[str, Any]:
-    bits, layers = mean_bits(format), len(format.geometry.layers) if format.geometry else 0
+    assert format.geometry is not None
+    bits, layers = mean_bits(format), len(format.geometry.layers)
     size = int(layers * load.bytes_16bit * bits / 16)
     copies = copies_beyond_cache(size, settings.cache_bytes)
-    problem = ModelProblem(load, format, settings.dtype, settings.device, copies, settings.seed)
+    rest = (settings.dtype, settings.device, copies, settings.seed)
+    problem = ModelProblem([LayerProblem(load, format, index, *rest) for index in range(layers)])
     problem.load_kernels()
     error = require_right(problem.error(), settings.dtype)
     spread = time_calls(problem.calls(), settings.repeats)

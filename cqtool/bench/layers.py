@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -78,32 +78,11 @@ class ModelProblem:
     """The caches of all layers of a format, to be attended to one after the other as a step does.
 
     Args:
-        load: the decode step of one layer.
-        format: an artifact's.
-        dtype: of queries and output.
-        device: where.
-        copies: sets of codes and queries.
-        seed: of everything random.
-
-    Attributes:
-        layers: one problem each.
+        layers: one problem each, with equally many sets of codes.
     """
 
-    def __init__(
-        self,
-        load: AttentionLoad,
-        format: BenchFormat,
-        dtype: torch.dtype,
-        device: torch.device,
-        copies: int = 1,
-        seed: int = 0,
-    ) -> None:
-        assert format.geometry is not None
-        self.copies = copies
-        self.layers = [
-            LayerProblem(load, format, layer, dtype, device, copies, seed)
-            for layer in range(len(format.geometry.layers))
-        ]
+    def __init__(self, layers: Sequence[LayerProblem]) -> None:
+        self.layers = layers
 
     def load_kernels(self) -> None:
         """Compile and load the kernels; see :meth:`CodedProblem.load_kernels`."""
@@ -122,7 +101,8 @@ class ModelProblem:
 
     def calls(self) -> list[Callable[[], object]]:
         """The layers' attention in the order of a step, step after step."""
-        return [partial(layer.attend, copy) for copy in range(self.copies) for layer in self.layers]
+        copies = range(len(self.layers[0].queries))
+        return [partial(layer.attend, copy) for copy in copies for layer in self.layers]
 
     @property
     def parts(self) -> list[CodedProblem]:

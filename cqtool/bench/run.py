@@ -126,7 +126,7 @@ def _formats(settings: BenchSettings, target: Target) -> list[BenchFormat]:
         formats = [replace(own, spec=replace(own.spec, window=window, sinks=sinks))]
     groupings = settings.groupings or ("contiguous",)
     others = parse_formats(settings.chosen_formats, window or 0, sinks or 0, groupings)
-    formats += [replace(other, beside=bool(formats)) for other in others]
+    formats += [replace(other, beside=settings.artifact is not None) for other in others]
     for format in formats:
         require_geometry(format, target.shape)
         require_divisible(format, target.shape)

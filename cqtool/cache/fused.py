@@ -28,7 +28,7 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
         super()._clear()
         # Whether marked keys are under way, and whether the ring is to be encoded after them.
         self.pending = self.unsettled = False
-        self._divided: tuple[tuple[Tensor | None, ...], list[DenseTokens]] = (), []
+        self._divided: tuple[tuple[Tensor | None, ...], list[DenseTokens]] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -132,11 +132,12 @@ class FusedLayer(TiledLayer):  # type: ignore[no-untyped-call]
             self.kept["key"] if has_sinks else None,
             self.kept["value"] if has_sinks else None,
         )
-        known, divided = self._divided
-        if len(known) != 4 or any(a is not b for a, b in zip(known, tensors, strict=True)):
-            divided = divide_dense(DenseTokens(*tensors), self.order)
-            if not self.order.copies:
-                self._divided = tensors, divided
+        known = self._divided
+        if known is not None and all(a is b for a, b in zip(known[0], tensors, strict=True)):
+            return known[1]
+        divided = divide_dense(DenseTokens(*tensors), self.order)
+        # Views stay what they are while the window is written to; copies do not.
+        self._divided = None if self.order.copies else (tensors, divided)
         return divided
 
     def _take_marked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from cqtool.bench import encode, kernels
 from cqtool.bench.encode import EncodeProblem, bench_encode
 from cqtool.bench.formats import BenchFormat, parse_formats
 from cqtool.bench.kernels import KernelSettings, bench_decode
-from cqtool.bench.layers import ModelProblem
+from cqtool.bench.layers import LayerProblem, ModelProblem
 from cqtool.bench.models import find_target
 from cqtool.bench.problem import AttentionLoad, CodedProblem, DenseProblem
 from cqtool.bench.tables import tables
@@ -203,7 +203,8 @@ def test_the_row_of_a_whole_format_is_the_mean_of_its_layers(settings: KernelSet
 
 def test_a_format_by_head_is_checked_head_by_head(monkeypatch: pytest.MonkeyPatch) -> None:
     format, load = mixed_format(), AttentionLoad("a case", 1, 8, 4, 64, 37)
-    problem = ModelProblem(load, format, torch.float32, CPU)
+    layers = [LayerProblem(load, format, index, torch.float32, CPU) for index in range(2)]
+    problem = ModelProblem(layers)
     assert [len(layer.problems) for layer in problem.layers] == [3, 1]
     assert problem.error() < 1e-5
     part = problem.layers[0].problems[2]

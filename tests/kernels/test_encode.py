@@ -304,7 +304,7 @@ def test_the_operator_tells_torch_what_it_does(monkeypatch, gained):
     torch.library.opcheck(torch.ops.cqtool.encode.default, calls[0])
 
 
-def test_calls_go_past_torch_only_where_nothing_looks_on(monkeypatch):
+def test_calls_go_past_torch_only_where_nothing_looks_on():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     went = []

@@ -112,7 +112,7 @@ def decode_parts(
 ) -> Tensor:
     """:func:`decode_attention` of a layer in parts, which run side by side.
 
-    Each part gets its heads' share of the GPU, so that all have room at once.
+    :func:`cqtool.kernels.decode.share.room_beside` says how they share the GPU.
 
     Args:
         query: ``[batch, heads, tokens, key_dim]`` of the whole layer.
